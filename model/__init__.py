@@ -1,0 +1,1 @@
+"""CrossLMM: dual cross-attention over long videos. Usable without `app/`."""

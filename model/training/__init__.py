@@ -1,0 +1,1 @@
+"""Training: the synthetic world, the two stages, and the recipe of the bundled model."""
