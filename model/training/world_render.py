@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from model.training.world import (
+from model.training.world_parts import (
     NOUNS,
     SIGN_COLOURS,
     Background,
