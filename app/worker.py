@@ -1,0 +1,317 @@
+"""The background worker: one child process with the model, one question at a time.
+
+A single thread here, the supervisor, owns the child and decides everything: it takes commands
+(submit, cancel, forget, close) and the child's messages from one inbox, hands out the next job,
+and replaces a child that died, hangs or does not stop. Nothing else touches the child.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from app.jobs import Cancelled, Job, Queued
+from app.logs import log
+from app.settings import Settings
+from app.worker_child import (
+    AskMessage,
+    Beat,
+    Child,
+    Ended,
+    ForgetMessage,
+    Idle,
+    JobEventMessage,
+    LoadFailed,
+    Ready,
+)
+from model.types import AskRequest, Failure, ModelInfo, Piece, Progress
+
+State = Literal["loading", "ready", "busy", "restarting", "failed", "closed"]
+
+LOST = "The model's process ended unexpectedly and is being restarted. Please ask again."
+HUNG = "The model's process did not respond any more and is being restarted. Please ask again."
+CLOSING = "The app is shutting down."
+
+_RETRY_SECONDS = 0.5  # doubled for every further try
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the page shows of the worker."""
+
+    state: State
+    model: ModelInfo | None
+    waiting: int
+    restarts: int
+    error: str = ""
+
+
+class Worker:
+    """Starts on creation; `submit` from any thread, then read the job's events."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()  # guards what `submit` and `status` read
+        self._waiting: deque[Job] = deque()
+        self._state: State = "loading"
+        self._model: ModelInfo | None = None
+        self._error = ""
+        self._restarts = 0
+        # From here on: the supervisor's own.
+        self._child: Child | None = None
+        self._start_at: float | None = time.monotonic()
+        self._running: Job | None = None
+        self._running_since = 0.0
+        self._running_pieces = 0
+        self._stop_deadline: float | None = None
+        self._deaths_in_a_row = 0
+        self._forget: list[str] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._supervise, name="crosslmm-supervisor")
+        self._thread.daemon = True
+        self._thread.start()
+
+    def status(self) -> Status:
+        """The state now; `model` stays known while the worker restarts."""
+        with self._lock:
+            return Status(
+                self._state, self._model, len(self._waiting), self._restarts, self._error
+            )
+
+    def worker_pid(self) -> int | None:
+        """Process id of the child, for supervisors and tests."""
+        child = self._child
+        return child.pid if child is not None else None
+
+    def submit(self, request: AskRequest) -> Job:
+        """Queue a question. What speaks against it comes as the job's one event, a `Failure`."""
+        with self._lock:
+            job = Job(request, next(self._numbers), self._cancel_later)
+            if self._state in ("failed", "closed"):
+                job.put(Failure(self._error or CLOSING, user=False))
+                return job
+            if len(self._waiting) >= self._settings.queue_size:
+                job.put(
+                    Failure(
+                        f"Busy: {len(self._waiting)} questions are waiting already. "
+                        "Please try again in a minute.",
+                        user=False,
+                    )
+                )
+                log("job_refused", job=job.id, waiting=len(self._waiting))
+                return job
+            self._waiting.append(job)
+        log("job_queued", job=job.id)
+        self._inbox.put(self._tell_positions)
+        return job
+
+    def forget(self, video: str) -> None:
+        """Drop what the model keeps of a file, as soon as it is idle."""
+        self._inbox.put(lambda: self._forget.append(video))
+
+    def close(self, patience: float = 3.0) -> None:
+        """End the child and fail what is left; returns when both have happened."""
+        self._inbox.put(self._begin_closing)
+        self._thread.join(patience + 3.0)
+
+    # The supervisor.
+
+    def _supervise(self) -> None:
+        while not self._closing:
+            try:
+                self._inbox.get(timeout=self._patience())()
+            except queue.Empty:
+                pass
+            self._check_deadlines()
+            self._hand_out()
+        self._shut_down()
+
+    def _patience(self) -> float:
+        """Seconds until a deadline could be due."""
+        due = [self._settings.heartbeat_timeout_seconds / 4]
+        due += [at - time.monotonic() for at in (self._stop_deadline, self._start_at) if at]
+        return max(0.0, min(due))
+
+    def _check_deadlines(self) -> None:
+        now, child = time.monotonic(), self._child
+        if child is None:
+            if self._start_at is not None and now >= self._start_at:
+                self._start()
+        elif self._stop_deadline is not None and now >= self._stop_deadline:
+            self._replace("not idle after stop", Cancelled())
+        elif not child.ready and now - child.started > self._settings.load_timeout_seconds:
+            self._fail(
+                f"The model was not loaded within {self._settings.load_timeout_seconds:.0f} s. "
+                "Raise --load-timeout-seconds or choose a smaller model."
+            )
+        elif child.ready and now - child.last_beat > self._settings.heartbeat_timeout_seconds:
+            self._replace("no heartbeat", Failure(HUNG, user=False))
+
+    def _start(self) -> None:
+        self._start_at = None
+        self._child = Child(self._settings, self._deliver)
+        log("worker_started", pid=self._child.pid)
+
+    def _deliver(self, child: Child, message: Any) -> None:
+        """Take a message over from the child's reading thread."""
+        self._inbox.put(lambda: self._receive(child, message))
+
+    def _receive(self, child: Child, message: Any) -> None:
+        if child is not self._child:
+            return  # the last words of one that was replaced
+        child.last_beat = time.monotonic()
+        match message:
+            case Beat():
+                pass
+            case Ready(model):
+                self._deaths_in_a_row, child.ready = 0, True
+                self._set_state("ready", model=model)
+                seconds = time.monotonic() - child.started
+                log("worker_ready", seconds=seconds, device=model.device)
+            case LoadFailed(text):
+                self._fail(text)
+            case JobEventMessage(number, event):
+                if self._running is not None and self._running.number == number:
+                    self._pass_on(self._running, event)
+            case Idle(number):
+                if self._running is not None and self._running.number == number:
+                    self._finish(Failure(LOST, user=False))
+                    self._set_state("ready")
+            case Ended():
+                self._replace("died", Failure(LOST, user=False))
+
+    def _pass_on(self, job: Job, event: Any) -> None:
+        if isinstance(event, Piece):
+            self._running_pieces += 1
+        job.put(event)
+
+    def _finish(self, otherwise: Failure | Cancelled) -> None:
+        """End the running job; `otherwise` is its last event unless it has had one."""
+        job, self._running, self._stop_deadline = self._running, None, None
+        if job is None:
+            return
+        ended = "event" if job.done else type(otherwise).__name__.lower()
+        job.put(otherwise)
+        seconds = time.monotonic() - self._running_since
+        log("job_done", job=job.id, seconds=seconds, pieces=self._running_pieces, ended=ended)
+
+    def _replace(self, why: str, last: Failure | Cancelled) -> None:
+        """End this child and plan the next; only the running job is lost."""
+        child, self._child = self._child, None
+        assert child is not None
+        child.kill()
+        log("worker_ended", why=why, pid=child.pid, exit_code=child.exit_code)
+        self._finish(last)
+        self._deaths_in_a_row = 0 if child.ready else self._deaths_in_a_row + 1
+        if self._deaths_in_a_row > self._settings.max_restarts:
+            self._fail(
+                f"The model's process ended {self._deaths_in_a_row} times while loading "
+                f"(exit code {child.exit_code}). There may be too little memory."
+            )
+            return
+        wait = _RETRY_SECONDS * 2**self._deaths_in_a_row if self._deaths_in_a_row else 0.0
+        self._start_at = time.monotonic() + wait
+        self._forget.clear()  # a new child keeps nothing
+        with self._lock:
+            self._state, self._restarts = "restarting", self._restarts + 1
+        self._tell_positions()
+
+    def _fail(self, text: str) -> None:
+        """Give up: every question from now on gets this sentence."""
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+        log("worker_failed")
+        self._finish(Failure(text, user=False))
+        self._set_state("failed", error=text)
+        self._empty_queue(text)
+
+    def _empty_queue(self, text: str) -> None:
+        with self._lock:
+            left = list(self._waiting)
+            self._waiting.clear()
+        for job in left:
+            job.put(Failure(text, user=False))
+
+    def _hand_out(self) -> None:
+        """Give an idle child what it is to forget, and the next job."""
+        child = self._child
+        if child is None or not child.ready or self._running is not None:
+            return
+        with self._lock:
+            job = self._waiting.popleft() if self._waiting else None
+        try:
+            while self._forget:
+                child.send(ForgetMessage(self._forget.pop()))
+            if job is None:
+                return
+            self._running, self._running_since = job, time.monotonic()
+            self._running_pieces = 0
+            child.send(AskMessage(job.number, job.request))
+        except OSError:  # it died between two messages
+            self._replace("died", Failure(LOST, user=False))
+            return
+        self._set_state("busy")
+        log("job_started", job=job.id)
+        self._tell_positions()
+
+    def _tell_positions(self) -> None:
+        with self._lock:
+            waiting, state = list(self._waiting), self._state
+        ahead = 1 if self._running is not None else 0
+        for before, job in enumerate(waiting, start=ahead):
+            if before:
+                job.put(Queued(before))
+            elif state in ("loading", "restarting"):
+                job.put(Progress("loading", 0, 0))
+
+    def _cancel_later(self, job: Job) -> None:
+        self._inbox.put(lambda: self._cancel(job))
+
+    def _cancel(self, job: Job) -> None:
+        if job is self._running and self._child is not None:
+            if self._stop_deadline is None:
+                self._child.stop(job.number)
+                self._stop_deadline = time.monotonic() + self._settings.stop_grace_seconds
+                log("job_stopping", job=job.id)
+            return
+        with self._lock:
+            waits = job in self._waiting
+            if waits:
+                self._waiting.remove(job)
+        if waits:
+            job.put(Cancelled())
+            log("job_cancelled", job=job.id)
+            self._tell_positions()
+
+    def _begin_closing(self) -> None:
+        self._closing = True
+
+    def _shut_down(self) -> None:
+        self._set_state("closed")
+        child, self._child = self._child, None
+        if child is not None:
+            busy = self._running is not None or not child.ready
+            if busy:
+                child.kill()
+            else:
+                child.close(patience=2.0)
+        self._finish(Failure(CLOSING, user=False))
+        self._empty_queue(CLOSING)
+        log("worker_closed")
+
+    def _set_state(
+        self, state: State, model: ModelInfo | None = None, error: str = ""
+    ) -> None:
+        with self._lock:
+            self._state, self._error = state, error
+            self._model = model or self._model
+

@@ -1,0 +1,240 @@
+"""The child process that owns the model, and the page process's handle on it.
+
+Only `serve` runs in the child; it is the one place of `app/` from which torch gets imported.
+
+Pipes and one shared number connect the two, and no locks: a process that is killed while it holds
+a shared lock would leave the other one waiting for ever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from app.jobs import Cancelled
+from app.logs import log, setup
+from app.settings import Settings
+from model.types import AskRequest, Failure, InputError, ModelInfo, Stopped
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The child is alive."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is loaded."""
+
+    model: ModelInfo
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    """The model cannot be loaded, and trying again would not help."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class JobEventMessage:
+    """An event of job `number`."""
+
+    number: int
+    event: Any
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Job `number` is over and the child waits for the next."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The pipe closed: the child is gone."""
+
+
+@dataclass(frozen=True)
+class AskMessage:
+    """Answer this."""
+
+    number: int
+    request: AskRequest
+
+
+@dataclass(frozen=True)
+class ForgetMessage:
+    """Drop what is kept of a video."""
+
+    video: str
+
+
+class Child:
+    """A running child, seen from the page process."""
+
+    def __init__(self, settings: Settings, deliver: Callable[[Child, Any], None]) -> None:
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        child_requests, self._requests = context.Pipe(duplex=False)
+        self._events, child_events = context.Pipe(duplex=False)
+        self._stop = context.RawValue(ctypes.c_long, 0)
+        self._deliver = deliver
+        self.started = self.last_beat = time.monotonic()
+        self.ready = False
+        self._process = context.Process(
+            target=serve,
+            args=(settings, child_requests, child_events, self._stop, os.getpid()),
+            name="crosslmm-worker",
+            daemon=True,
+        )
+        self._process.start()
+        # Our copies must go, or the pipe would not end when the child does.
+        child_requests.close()
+        child_events.close()
+        threading.Thread(target=self._read, name="crosslmm-events", daemon=True).start()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended; minus the signal's number when a signal ended it."""
+        return self._process.exitcode
+
+    def _read(self) -> None:
+        # A thread of its own: a child that stops halfway through a message blocks only this.
+        try:
+            while True:
+                self._deliver(self, self._events.recv())
+        except (EOFError, OSError):
+            self._deliver(self, Ended())
+
+    def send(self, message: AskMessage | ForgetMessage) -> None:
+        """Hand a message over. Only to an idle child, so that the pipe has room and none waits."""
+        self._requests.send(message)
+
+    def stop(self, number: int) -> None:
+        """Tell the child that job `number` is to end; numbers never come twice."""
+        self._stop.value = number
+
+    def close(self, patience: float) -> None:
+        """Let an idle child end by itself; kill it after `patience` seconds."""
+        self._requests.close()
+        self._process.join(patience)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it now, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self._requests.close()
+
+
+def serve(
+    settings: Settings, requests: Connection, events: Connection, stop: Any, parent: int
+) -> None:
+    """Run in the child: load the engine, then answer one request after the other."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the page, which ends us
+    setup(settings.log_level)
+    _die_with_parent(parent)
+    sending = threading.Lock()
+
+    def send(message: Any) -> None:
+        with sending:
+            events.send(message)
+
+    beats = threading.Thread(
+        target=_beat, args=(send, settings.heartbeat_seconds, parent), daemon=True
+    )
+    beats.start()
+    try:
+        engine = _load(settings)
+    except Exception as error:  # any failure to load is told on the page
+        log("load_failed", error=type(error).__name__, where=_where(error))
+        send(LoadFailed(f"The model could not be loaded: {error}"))
+        return
+    send(Ready(engine.info))
+    while True:
+        try:
+            message = requests.recv()
+        except EOFError:
+            return
+        if isinstance(message, ForgetMessage):
+            engine.forget(message.video)
+        else:
+            _answer(engine, message, lambda n=message.number: stop.value == n, send)
+            send(Idle(message.number))
+
+
+def _load(settings: Settings) -> Any:
+    module, name = settings.engine.split(":", 1)
+    factory = getattr(importlib.import_module(module), name)
+    return factory.load(
+        settings.model,
+        quantization=settings.quantization,
+        device=settings.device,
+        memory_budget=settings.memory_budget,
+    )
+
+
+def _answer(
+    engine: Any, message: AskMessage, stopped: Callable[[], bool], send: Callable[[Any], None]
+) -> None:
+    try:
+        for event in engine.ask(message.request, stopped):
+            send(JobEventMessage(message.number, event))
+        return
+    except Stopped:
+        last: Any = Cancelled()
+    except InputError as error:
+        last = Failure(str(error), user=True)
+    except MemoryError:
+        last = Failure("There is not enough memory for this video. Use fewer frames.", user=False)
+    except BrokenPipeError:
+        os._exit(0)  # the page process is gone
+    except Exception as error:  # a bug costs one question, not the worker
+        log("ask_failed", error=type(error).__name__, where=_where(error))
+        last = Failure(
+            "The model failed on this question. It is ready for the next one.", user=False
+        )
+    send(JobEventMessage(message.number, last))
+
+
+def _where(error: BaseException) -> str:
+    """File and line, without the message: that could quote a visitor."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "unknown"
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+
+
+def _beat(send: Callable[[Any], None], seconds: float, parent: int) -> None:
+    while os.getppid() == parent:
+        try:
+            send(Beat())
+        except OSError:
+            break
+        time.sleep(seconds)
+    os._exit(0)  # the page process is gone, whatever the main thread is doing
+
+
+def _die_with_parent(parent: int) -> None:
+    """Let the kernel end us with the page process, even while Python cannot run a thread."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)

@@ -1,0 +1,180 @@
+"""An engine without weights: same interface and events as the real one, deterministic and quick.
+
+Words in the question make it misbehave: `slow`, `crash`, `hang`, `freeze`, `broken`, `wrong`.
+It never stands in for the model outside of tests.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from model.types import (
+    Answer,
+    AskRequest,
+    AttentionSummary,
+    Event,
+    FrameView,
+    InputError,
+    ModelInfo,
+    Piece,
+    Progress,
+    Savings,
+    StopCheck,
+    Stopped,
+    Timings,
+    TokenCounts,
+    VideoInfo,
+)
+
+LAYERS = (0, 2, 4)
+GRID = 14
+STEP_SECONDS = 0.01
+SLOW_SECONDS = 0.15
+
+INFO = ModelInfo(
+    name="fake",
+    device="cpu",
+    dtype="float32",
+    quantization="none",
+    attention="none",
+    parameters=1_000_000,
+    pooled_tokens_per_frame=1,
+    original_tokens_per_frame=GRID * GRID,
+    dcal_layers=LAYERS,
+    gates=((0.31, 0.52), (-0.12, 0.78), (0.44, 0.09)),
+    trained=True,
+    examples=("What number is on the red sign?", "When does the star appear?"),
+    note="A stand-in without weights, for tests.",
+)
+
+
+class FakeEngine:
+    info = INFO
+
+    def __init__(self) -> None:
+        self.kept: set[str] = set()
+
+    @classmethod
+    def load(
+        cls,
+        source: str | None = None,
+        *,
+        quantization: str = "auto",
+        device: str = "auto",
+        memory_budget: int = 0,
+    ) -> FakeEngine:
+        time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", "0")))
+        if source == "missing":
+            raise InputError("There is no model at 'missing'. Give a local folder or a hub id.")
+        if source == "crash":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return cls()
+
+    def ask(self, request: AskRequest, stop: StopCheck) -> Iterator[Event]:
+        words = set(request.question.lower().replace("?", " ").split())
+        pause = SLOW_SECONDS if "slow" in words else STEP_SECONDS
+        started = time.monotonic()
+        reused = request.video in self.kept
+        if "crash" in words:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "freeze" in words:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if "wrong" in words:
+            raise InputError("This question cannot be asked.")
+        if not reused:
+            for stage in ("reading", "encoding"):
+                for done in range(9):
+                    yield Progress(stage, done, 8)
+                    time.sleep(pause)
+                    if stop():
+                        raise Stopped
+            self.kept.add(request.video)
+        if "broken" in words:
+            raise RuntimeError(request.question)
+        yield Progress("answering", 0, 0)
+        while "hang" in words:
+            time.sleep(1)
+        text = f"You asked: {request.question} It is at 0:07, after {len(request.history)} turns."
+        if "slow" in words:
+            text += " word" * 60
+        first, said = time.monotonic() - started, ""
+        for token in text.replace(" ", "\0 ").split("\0"):
+            if stop():
+                break
+            said += token
+            yield Piece(token)
+            time.sleep(pause)
+        yield _answer(request, said, said != text, reused, first, time.monotonic() - started)
+
+    def forget(self, video: str) -> None:
+        self.kept.discard(video)
+
+
+def _answer(
+    request: AskRequest, said: str, stopped: bool, reused: bool, first: float, total: float
+) -> Answer:
+    frames = min(request.max_frames or 48, 48)
+    info = _probe(request.video)
+    times = (np.arange(frames) + 0.5) * info.duration / frames
+    spent = (0.0, 0.0, 0.0) if reused else (0.4 * first, 0.4 * first, 0.2 * first)
+    tokens = tuple(said.split())
+    return Answer(
+        text=said,
+        stopped=stopped,
+        model=INFO.name,
+        tokens=TokenCounts(frames * GRID * GRID, frames, 20, len(tokens)),
+        timings=Timings(*spent, first, total),
+        frame_times=times,
+        attention=_attention(times, tokens, info, request.strongest_frames) if tokens else None,
+        savings=Savings(frames * GRID * GRID, frames, 20, 3.1e9, 8.7e10, 400_000, 75_000_000),
+        memory_reused=reused,
+        video=info,
+    )
+
+
+def _attention(
+    times: np.ndarray, tokens: tuple[str, ...], info: VideoInfo, strongest: int
+) -> AttentionSummary:
+    near = np.abs(times[None, :] / max(info.duration, 1e-6) - np.array([0.3, 0.32, 0.7])[:, None])
+    mass = np.exp(-((near * np.array([[6], [18], [40]])) ** 2)) + 0.02
+    mass = (mass / mass.sum(1, keepdims=True)).astype(np.float32)
+    t2v = np.repeat(mass[None], len(tokens), 0)
+    mean = mass.mean(0)
+    order = np.argsort(-mean)[:strongest]
+    rows, columns = np.mgrid[0:GRID, 0:GRID]
+    views = []
+    for place, index in enumerate(order):
+        blob = np.exp(-((rows - 5 - place % 4) ** 2 + (columns - 9 + place) ** 2) / 4.0)
+        views.append(
+            FrameView(
+                index=int(index),
+                time=float(times[index]),
+                mass=float(mean[index]),
+                jpeg=_picture(info, int(index)),
+                patches=np.repeat(blob[None].astype(np.float32), len(LAYERS), 0),
+            )
+        )
+    peak = float(times[order[0]]) if len(order) else 0.0
+    return AttentionSummary(times, LAYERS, tokens, t2v, tuple(views), peak)
+
+
+def _picture(info: VideoInfo, index: int) -> bytes:
+    width, height = 320, max(2, round(320 * info.height / info.width))
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x * 255 // width, y * 255 // height, 0 * x + index * 5 % 256], -1)
+    out = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def _probe(path: str) -> VideoInfo:
+    size = Path(path).stat().st_size if Path(path).exists() else 0
+    return VideoInfo(path, "mp4", "h264", 640, 360, 24.0, 10.0, 240, 0, size)
