@@ -49,6 +49,9 @@ __all__ = [
 ]
 
 
+MOST_EVENTS = 44  # scenes of one video with objects in them, so that the names suffice
+
+
 def seeded(*parts: int | str) -> random.Random:
     """A random generator that depends on all of `parts`, the same on every machine."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
@@ -145,7 +148,7 @@ def make_world(
 
 def _kinds(rng: random.Random, number: int) -> list[str]:
     """The kind of each scene: fillers between the events, and never more names than there are."""
-    events = min(max(number - round(number * rng.uniform(0.1, 0.3)), 1), (len(NOUNS) - 8) // 2)
+    events = min(max(number - round(number * rng.uniform(0.1, 0.3)), 1), MOST_EVENTS)
     kinds = rng.choices(("solo", "flock", "group"), (42, 18, 20), k=events)
     kinds += ["filler"] * (number - events)
     rng.shuffle(kinds)

@@ -1,11 +1,12 @@
 """What is true of the procedural world: per frame, per patch, and over a whole video.
 
-All of it is computed from the scenes' data; nothing is rendered. A video is given as the sequence of
-its placed scenes, so the same code serves a `World` and scenes that training put together itself.
+All of it is computed from the scenes' data; nothing is rendered. A video is given as the sequence
+of its placed scenes, so the same code serves a `World` and scenes that training put together.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -120,7 +121,8 @@ class Timeline:
 
     def next_time(self, t: float) -> float:
         """The sampled time after `t`, or the end of the video."""
-        return next((other for other in self.times if other > t), self.end)
+        index = bisect_right(self.times, t)
+        return self.times[index] if index < len(self.times) else max(self.end, t + MARGIN)
 
     def once(self, noun: str) -> Appearance | None:
         """The appearance of a noun that is in exactly one scene, if a sample shows it."""
@@ -133,7 +135,7 @@ def make_timeline(
     video: World | Sequence[Placed | tuple[Scene, float]],
     sample_times: Sequence[float] | None = None,
 ) -> Timeline:
-    """What a video shows at the sampled times (without them: at every change and twice a second)."""
+    """What a video shows at the sampled times; without them, at every change in it."""
     scenes = video.scenes if isinstance(video, World) else video
     placed = [Placed(*scene) for scene in scenes]
     if not placed:
