@@ -107,6 +107,21 @@ class KeyValueStore:
                     for x in (keys, values)
                 )
 
+    def frame_keys(self, frames: list[int], tokens_per_frame: int) -> torch.Tensor:
+        """Keys of chosen frames, (B, H, len(frames), N, d), at full precision."""
+        if self.precision == "native":
+            keys = self.full()[0].unflatten(2, (-1, tokens_per_frame))
+            return keys[:, :, frames]
+        chosen: dict[int, torch.Tensor] = {}
+        start = 0
+        for keys, _, _ in self._quantized:
+            count = keys.codes.shape[2]
+            for frame in {f for f in frames if start <= f < start + count}:
+                at = slice(frame - start, frame - start + 1)
+                chosen[frame] = keys.map(lambda t, at=at: t[:, :, at]).decode(self.dtype)
+            start += count
+        return torch.cat([chosen[frame] for frame in frames], dim=2)
+
     @property
     def nbytes(self) -> int:
         """Bytes that this store really holds."""

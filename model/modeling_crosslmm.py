@@ -271,6 +271,42 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             **kwargs,
         )
 
+    def prefill_frames(
+        self, features: torch.Tensor, frame_times: torch.Tensor, cache: Cache
+    ) -> None:
+        """Push the next frames of one video into a cache; nothing here depends on a question.
+
+        Args:
+            features: (1, n, N, Dv) encoder features; in `video` scope all frames at once.
+            frame_times: (1, n) seconds.
+            cache: its `visual` state must be set; grows by n * P tokens.
+        """
+        state: VisualState = cache.visual
+        pooled, memory = self.embed_frames(features, frame_times)
+        count = pooled.shape[1] * pooled.shape[2]
+        context = VisualContext(
+            memory=memory,
+            earlier=state.recent,
+            visual_index=torch.arange(count, device=memory.device)[None],
+            text_start=count,
+            state=state,
+        )
+        state.num_frames += memory.shape[1]
+        self._decode(pooled.flatten(1, 2), cache, context)
+        if self.config.v2v_scope == "window":
+            seen = memory if state.recent is None else torch.cat((state.recent, memory), dim=1)
+            state.recent = seen[:, -self.config.v2v_window :].clone()
+
+    def prefill_text(self, embeds: torch.Tensor, cache: Cache) -> None:
+        """Push tokens (1, n, D) that never look at the video: a prompt's head, a separator."""
+        self._decode(embeds, cache, None)
+
+    def _decode(self, embeds: torch.Tensor, cache: Cache, context: VisualContext | None) -> None:
+        embeds = embeds.to(self.get_input_embeddings().weight.dtype)
+        self.language_model(
+            inputs_embeds=embeds, past_key_values=cache, use_cache=True, visual=context
+        )
+
     def _insert_video(
         self,
         input_ids: torch.Tensor,

@@ -1,0 +1,203 @@
+"""Pretrain the bundled model's image encoder: dense labels for every patch of single frames.
+
+`python -m model.training.encoder --out runs/encoder` renders frames, trains a SigLIP-class encoder
+to name the object, sign colour and sign text under each patch, and saves it with `save_pretrained`.
+Resumes from its last checkpoint when run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from model.training.frames import render_frame, scene_shape
+from model.training.world import sample_scene, seeded
+from model.training.world_facts import (
+    COLOUR_IDS,
+    LONGEST_SIGN,
+    NOUN_IDS,
+    SIGN_CHARACTERS,
+    patch_labels,
+)
+
+TRAIN_SEED = 1_000_000  # held-out evaluation uses smaller seeds
+CLASSES = (len(NOUN_IDS) + 1, len(COLOUR_IDS) + 1) + (len(SIGN_CHARACTERS) + 1,) * LONGEST_SIGN
+
+
+def encoder_config(side: int = 112) -> SiglipVisionConfig:
+    """The bundled encoder: 8 x 8 patches of a 112 x 112 frame, 14 x 14 tokens."""
+    return SiglipVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        patch_size=8,
+        image_size=side,
+        vision_use_head=False,
+        hidden_act="gelu_pytorch_tanh",
+    )
+
+
+class DenseEncoder(nn.Module):
+    """An encoder and one linear head per kind of label; the heads are thrown away afterwards."""
+
+    def __init__(self, config: SiglipVisionConfig) -> None:
+        super().__init__()
+        self.encoder = SiglipVisionModel(config)
+        self.head = nn.Linear(config.hidden_size, sum(CLASSES))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (F, 3, S, S) in -1..1 -> logits (F, N, sum of classes)."""
+        tower = self.encoder
+        features = tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state
+        return self.head(F.layer_norm(features, features.shape[-1:]))
+
+
+def normalise(frames: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """(F, S, S, 3) uint8 -> (F, 3, S, S) float in -1..1, as SigLIP's processor does."""
+    return torch.as_tensor(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def render_examples(args: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Frames and labels of `count` scenes from `seed` on, one moment of each."""
+    seed, count, side, grid = args
+    frames = np.empty((count, side, side, 3), np.uint8)
+    labels = np.empty((count, grid * grid, len(CLASSES)), np.uint8)
+    for i in range(count):
+        rng = seeded("encoder", seed + i)
+        shape = scene_shape(rng)
+        scene = sample_scene(rng, aspect=shape[0] / shape[1])
+        t = rng.uniform(0, scene.duration * 0.999)
+        if scene.sign is not None and rng.random() < 0.85:
+            t = rng.uniform(scene.sign.start, scene.sign.end * 0.999)
+        frames[i] = render_frame(scene, t, shape, side, rng)
+        truth = patch_labels(scene, t, grid)
+        stacked = np.dstack([truth["nouns"], truth["sign_colours"], truth["sign_chars"]])
+        labels[i] = stacked.reshape(grid * grid, -1)
+    return frames, labels
+
+
+def losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
+    """Mean loss over kinds of label and each kind's accuracy on labelled patches."""
+    total, accuracy = 0.0, []
+    for kind, part in enumerate(logits.split(CLASSES, dim=-1)):
+        truth = labels[..., kind].long()
+        known, on_sign = truth > 0, labels[..., 1] > 0
+        # Most patches show nothing: something and nothing count the same. Characters are asked
+        # for on signs only, where 0 is "no further character".
+        for chosen in (on_sign,) if kind >= 2 else (known, ~known):
+            if chosen.any():
+                total = total + F.cross_entropy(part[chosen].float(), truth[chosen])
+        hit = (part.argmax(-1) == truth)[known].float().mean().item() if known.any() else 1.0
+        accuracy.append(hit)
+    return total, accuracy
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--frames", type=int, default=32_000, help="distinct training frames")
+    parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2, help="for rendering")
+    parser.add_argument("--threads", type=int, default=0, help="for training; 0: all")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    config = encoder_config()
+    side, grid = config.image_size, config.image_size // config.patch_size
+
+    started = time.time()
+    first = TRAIN_SEED * (args.seed + 1)
+    jobs = [(first + i, 500, side, grid) for i in range(0, args.frames, 500)]
+    cache = args.out / "frames.npz"
+    if cache.exists():
+        data = np.load(cache)
+        frames, labels = data["frames"], data["labels"]
+    else:
+        with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+            parts = pool.map(render_examples, jobs, chunksize=1)
+        frames, labels = (np.concatenate(x) for x in zip(*parts, strict=True))
+        np.savez(cache, frames=frames, labels=labels)
+    held_out = render_examples((50_000, 500, side, grid))
+    print(f"rendered {len(frames)} frames in {time.time() - started:.0f} s", flush=True)
+
+    net = DenseEncoder(config)
+    net.encoder.set_attn_implementation("eager")  # quicker than SDPA for training on a CPU
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.learning_rate, weight_decay=0.05)
+    warmup = min(200, args.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min(
+            (s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, s / args.steps)) + 1e-3
+        ),
+    )
+    checkpoint, step = args.out / "checkpoint.pt", 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        net.load_state_dict(saved["net"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        step = saved["step"]
+    order = random.Random(args.seed + step)
+    clock = time.time()
+    while step < args.steps:
+        chosen = np.array([order.randrange(len(frames)) for _ in range(args.batch)])
+        net.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(normalise(frames[chosen]))
+        loss, _ = losses(logits, torch.from_numpy(labels[chosen]))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        step += 1
+        if step % 100 == 0 or step == args.steps:
+            report = evaluate(net, held_out)
+            print(
+                f"step {step} loss {loss.item():.3f} held-out {report} "
+                f"{(time.time() - clock):.0f} s",
+                flush=True,
+            )
+            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(
+                {**state, "schedule": schedule.state_dict(), "step": step}, checkpoint
+            )
+    net.encoder.save_pretrained(args.out)
+    report["seconds"] = round(time.time() - started)
+    (args.out / "report.json").write_text(json.dumps(report, indent=1))
+
+
+@torch.no_grad()
+def evaluate(net: DenseEncoder, held_out: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """Accuracy on patches of objects and signs of frames that training never saw."""
+    net.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch.cat([net(normalise(part)) for part in np.array_split(held_out[0], 10)])
+    _, accuracy = losses(logits, torch.from_numpy(held_out[1]))
+    return {
+        "object": round(accuracy[0], 4),
+        "colour": round(accuracy[1], 4),
+        "characters": round(float(np.mean(accuracy[2:])), 4),
+    }
+
+
+if __name__ == "__main__":
+    main()
