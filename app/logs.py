@@ -1,4 +1,7 @@
-"""Structured log lines: `event=job_done job=3f2a seconds=1.2`. Never what a visitor wrote or shows."""
+"""Structured log lines: `event=job_done job=3f2a seconds=1.2`.
+
+They never hold what a visitor wrote or shows.
+"""
 
 from __future__ import annotations
 

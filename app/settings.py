@@ -69,10 +69,10 @@ class Settings:
     quantization: str = option("auto", "model", str, "how to hold the weights", "HOW")
     device: str = option("auto", "model", str, "device that runs the model", "NAME")
     memory_budget: int = option(
-        2 * 10**9, "model", parse_bytes, "memory for videos that are kept for more questions", "SIZE"
+        2 * 10**9, "model", parse_bytes, "memory for videos kept for more questions", "SIZE"
     )
     max_frames: int | None = option(
-        None, "model", int, "most frames read from a video; the model's own limit when not given", "N"
+        None, "model", int, "most frames of a video; the model's own limit when not given", "N"
     )
     max_new_tokens: int | None = option(
         None, "model", int, "longest answer, in tokens; the model's own limit when not given", "N"

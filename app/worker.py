@@ -7,6 +7,7 @@ and replaces a child that died, hangs or does not stop. Nothing else touches the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import threading
@@ -82,9 +83,7 @@ class Worker:
     def status(self) -> Status:
         """The state now; `model` stays known while the worker restarts."""
         with self._lock:
-            return Status(
-                self._state, self._model, len(self._waiting), self._restarts, self._error
-            )
+            return Status(self._state, self._model, len(self._waiting), self._restarts, self._error)
 
     def worker_pid(self) -> int | None:
         """Process id of the child, for supervisors and tests."""
@@ -126,10 +125,8 @@ class Worker:
 
     def _supervise(self) -> None:
         while not self._closing:
-            try:
+            with contextlib.suppress(queue.Empty):
                 self._inbox.get(timeout=self._patience())()
-            except queue.Empty:
-                pass
             self._check_deadlines()
             self._hand_out()
         self._shut_down()
@@ -308,10 +305,7 @@ class Worker:
         self._empty_queue(CLOSING)
         log("worker_closed")
 
-    def _set_state(
-        self, state: State, model: ModelInfo | None = None, error: str = ""
-    ) -> None:
+    def _set_state(self, state: State, model: ModelInfo | None = None, error: str = "") -> None:
         with self._lock:
             self._state, self._error = state, error
             self._model = model or self._model
-

@@ -1,0 +1,107 @@
+"""Named endpoints for programs: `gradio_client.Client(url).predict(..., api_name="/ask")`.
+
+A client's calls share one session, as a browser tab's do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+from app.chat import run_turn
+from app.handlers import Handlers
+from app.settings import Settings
+from app.sources import Sample, Video
+from app.worker import Worker
+from model.types import Answer, InputError
+
+
+def add_endpoints(
+    handlers: Handlers, worker: Worker, settings: Settings, samples: Sequence[Sample]
+) -> None:
+    """Register `add_video`, `add_sample`, `ask` and `stop` with the page being built."""
+
+    async def add_video(video: str | None, request: gr.Request) -> dict[str, Any]:
+        """Add a video file to the session; later questions are about it."""
+        if video is None:
+            raise gr.Error("Give a video file, for example gradio_client.handle_file(path).")
+        return await _added(handlers, request, video)
+
+    async def add_sample(title: str, request: gr.Request) -> dict[str, Any]:
+        """Use one of the samples that come with the app, by its title."""
+        found = next((one for one in samples if one.title == title), None)
+        if found is None:
+            known = ", ".join(one.title for one in samples) or "none"
+            raise gr.Error(f"There is no sample {title!r}. The samples are: {known}.")
+        return await _added(handlers, request, found)
+
+    async def ask(question: str, request: gr.Request) -> AsyncIterator[dict[str, Any]]:
+        """Ask about the session's video; streams the text so far, then the whole answer."""
+        session = handlers.session(request)
+        async for update in run_turn(session, question, worker, settings):
+            if update.line.kind == "problem":
+                raise gr.Error(update.line.text)
+            if update.answer is not None:
+                yield answer_data(update.answer)
+            elif not update.finished:
+                yield {"stage": update.line.stage, "answer": session.turns[-1].answer}
+
+    def stop(request: gr.Request) -> bool:
+        """Stop the session's running answer; tells whether there was one."""
+        return handlers.session(request).stop()
+
+    # A File component, because only then does Gradio take a file and check where it lies.
+    hidden = {"visible": False, "render": True}
+    file, told = gr.File(label="video", **hidden), gr.JSON(label="video", **hidden)
+    gr.Button(visible=False).click(
+        add_video, file, told, api_name="add_video", concurrency_limit=None
+    )
+    named: tuple[tuple[Callable[..., Any], bool], ...] = (
+        (add_sample, True),
+        (ask, True),
+        (stop, False),
+    )
+    for endpoint, queued in named:
+        gr.api(endpoint, api_name=endpoint.__name__, queue=queued, concurrency_limit=None)
+
+
+async def _added(handlers: Handlers, request: gr.Request, source: str | Sample) -> dict[str, Any]:
+    try:
+        return video_data(await handlers.take(handlers.session(request), source))
+    except InputError as error:
+        raise gr.Error(str(error)) from error
+
+
+def video_data(video: Video) -> dict[str, Any]:
+    """What a program is told of an added video."""
+    info = video.info
+    return {
+        "title": video.title,
+        "duration": info.duration,
+        "width": info.width,
+        "height": info.height,
+        "codec": info.codec,
+        "frame_rate": info.frame_rate,
+    }
+
+
+def answer_data(answer: Answer) -> dict[str, Any]:
+    """An answer as plain JSON."""
+    attention = answer.attention
+    return {
+        "answer": answer.text,
+        "stopped": answer.stopped,
+        "model": answer.model,
+        "tokens": vars(answer.tokens),
+        "frame_times": answer.frame_times.tolist(),
+        "timings": vars(answer.timings),
+        "memory_reused": answer.memory_reused,
+        "attention": attention
+        and {
+            "times": attention.times.tolist(),
+            "t2v": attention.t2v_mean().tolist(),
+            "peak": attention.peak,
+        },
+    }

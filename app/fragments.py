@@ -1,0 +1,178 @@
+"""The small pieces of HTML on the page. All text that is not ours is escaped here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from app.chat import Line
+from app.panels.draw import clock, esc
+from app.sessions import Turn
+from app.settings import show_bytes
+from app.sources import Sample, Video
+
+NAME = "CrossLMM Chat"
+CLAIM = "Ask a long video a question, and see which moments the answer comes from."
+
+_STAGES = (("reading", "Reading"), ("encoding", "Encoding"), ("answering", "Answering"))
+_PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")  # all that Markdown can give a meaning
+_TIME = re.compile(r"(?<![\d:])(?:(\d{1,2}):)?(\d{1,2}):([0-5]\d)(?![\d:])")
+_CODEC_NAMES = {"h264": "H.264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9", "av1": "AV1"}
+
+_LOGO = (
+    '<svg class="logo" viewBox="0 0 30 30" aria-hidden="true">'
+    + "".join(
+        f'<rect x="{1 + 10 * x}" y="{1 + 10 * y}" width="8" height="8" rx="2"'
+        f"{' class=hot' if (x, y) == (1, 1) else ''}/>"
+        for y in range(3)
+        for x in range(3)
+    )
+    + "</svg>"
+)
+
+
+def header() -> str:
+    """Name, claim and the button for light and dark."""
+    return (
+        f'<header class="top">{_LOGO}<div><h1>{NAME}</h1><p>{CLAIM}</p></div>'
+        '<button type="button" class="theme" data-theme-toggle '
+        'aria-label="Switch between light and dark"></button></header>'
+    )
+
+
+# Filled in by page.js from /health.
+STATUS = (
+    '<div class="model-status" role="status" data-state="loading"><span class="dot"></span>'
+    '<span class="state">Starting</span><span class="detail"></span></div>'
+)
+
+
+def sample_cards(samples: Sequence[Sample], urls: Sequence[str]) -> str:
+    """The samples to choose from; the player's own first frames serve as pictures."""
+    cards = "".join(
+        f'<button type="button" class="sample" data-sample="{number}">'
+        f'<span class="still"><video src="{esc(url)}#t={_still(sample.duration):.1f}" muted '
+        'playsinline preload="metadata" tabindex="-1" aria-hidden="true"></video>'
+        f"<time>{clock(sample.duration)}</time></span>"
+        f'<span class="sample-name">{esc(sample.title)}</span></button>'
+        for number, (sample, url) in enumerate(zip(samples, urls, strict=True))
+    )
+    return f'<div class="samples" role="group" aria-label="Sample videos">{cards}</div>'
+
+
+def _still(duration: float) -> float:
+    """A moment that is rarely black."""
+    return min(5.0, duration / 3)
+
+
+def player(video: Video | None, url: str) -> str:
+    """The player with a line about the file, or an invitation."""
+    if video is None:
+        return (
+            '<div class="player"><div class="screen screen-empty">'
+            "<p><b>No video yet</b>Choose a sample above or upload your own: "
+            "mp4, webm, mkv or mov.</p></div></div>"
+        )
+    info = video.info
+    codec = _CODEC_NAMES.get(info.codec, info.codec)
+    facts = " · ".join(
+        (
+            clock(info.duration),
+            f"{info.width}×{info.height}",
+            codec,
+            f"{info.frame_rate:.3g} fps",
+            show_bytes(info.size_bytes),
+        )
+    )
+    return (
+        f'<div class="player"><div class="screen"><video src="{esc(url)}" controls playsinline '
+        f'preload="metadata" aria-label="{esc(video.title)}"></video>'
+        f'<p class="unplayable" hidden>This browser cannot play {esc(codec)} video. '
+        "The model can read it all the same.</p></div>"
+        f'<p class="about"><b>{esc(video.title)}</b><span>{esc(facts)}</span></p></div>'
+    )
+
+
+def notice(text: str) -> str:
+    """What is wrong with the video that was to be added."""
+    return f'<p class="notice" role="alert">{esc(text)}</p>' if text else ""
+
+
+def model_note(text: str) -> str:
+    """What the loaded model can and cannot do."""
+    return f'<p class="model-note">{esc(text)}</p>' if text else ""
+
+
+def chips(questions: Sequence[str]) -> str:
+    """Questions to ask with one click."""
+    buttons = "".join(
+        f'<button type="button" class="chip" data-question="{esc(one)}">{esc(one)}</button>'
+        for one in questions
+    )
+    return f'<div class="chips" role="group" aria-label="Example questions">{buttons}</div>'
+
+
+def status_line(line: Line) -> str:
+    """How far the turn is: the stages as steps, and one sentence."""
+    if line.kind == "idle":
+        return '<div class="line line-idle"></div>'
+    if line.kind != "working":
+        role = ' role="alert"' if line.kind == "problem" else ' role="status"'
+        return f'<div class="line line-{line.kind}"{role}>{esc(line.text)}</div>'
+    names = [name for name, _ in _STAGES]
+    now = names.index(line.stage) if line.stage in names else -1
+    steps = "".join(
+        f'<span class="step{_step_state(place, now, line.share)}"'
+        f"{_fill(place, now, line.share)}>{label}</span>"
+        for place, (_, label) in enumerate(_STAGES)
+    )
+    return (
+        f'<div class="line line-working" role="status" data-stage="{esc(line.stage)}">'
+        f'<span class="steps" aria-hidden="true">{steps}</span>'
+        f"<span>{esc(line.text)}</span></div>"
+    )
+
+
+def _step_state(place: int, now: int, share: float | None) -> str:
+    if place < now:
+        return " past"
+    if place > now:
+        return ""
+    return " now" if share is not None else " now unknown"
+
+
+def _fill(place: int, now: int, share: float | None) -> str:
+    return f' style="--done:{100 * share:.0f}%"' if place == now and share is not None else ""
+
+
+def plain(text: str) -> str:
+    """Write text as Markdown that shows it as it is, whatever it holds."""
+    lines = (_PUNCTUATION.sub(r"\\\1", line.lstrip()) for line in text.split("\n"))
+    return "\n".join(lines)  # without indents: those would make code blocks
+
+
+def with_time_links(text: str, duration: float) -> str:
+    """Like `plain`, and every time within the video becomes a link that page.js makes seek."""
+    parts, end = [], 0
+    for found in _TIME.finditer(text):
+        hours, minutes, seconds = (int(group or 0) for group in found.groups())
+        at = 3600 * hours + 60 * minutes + seconds
+        if at <= duration:
+            parts += [plain(text[end : found.start()]), f"[{found[0]}](#t={at})"]
+            end = found.end()
+    return "".join([*parts, plain(text[end:])])
+
+
+def messages(turns: Sequence[Turn], duration: float) -> list[dict[str, str]]:
+    """The conversation as Gradio's Chatbot takes it."""
+    shown = []
+    for turn in turns:
+        shown.append({"role": "user", "content": plain(turn.question)})
+        answer = with_time_links(turn.answer, duration)
+        if turn.outcome == "failed":
+            answer += ("\n\n" if answer else "") + f"*{plain(turn.problem)}*"
+        elif turn.outcome == "stopped":
+            answer += " *(stopped)*" if answer else "*Stopped before the first word.*"
+        if answer:
+            shown.append({"role": "assistant", "content": answer})
+    return shown

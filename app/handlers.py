@@ -1,0 +1,189 @@
+"""What the page's events do: from a visitor's input to new values of the components."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app import fragments
+from app.chat import Line, Update, run_turn
+from app.panels.attention import attention_panel
+from app.panels.savings import savings_panel
+from app.routes import media_url
+from app.sessions import Session, Sessions
+from app.settings import Settings
+from app.sources import Sample, Video, take_sample, take_upload
+from app.worker import Worker
+from model.types import Answer, InputError
+
+
+@dataclass(frozen=True)
+class Components:
+    """The parts of the page that events change."""
+
+    upload: gr.File
+    notice: gr.HTML
+    player: gr.HTML
+    chat: gr.Chatbot
+    line: gr.HTML
+    chips: gr.HTML
+    question: gr.Textbox
+    ask: gr.Button
+    stop: gr.Button
+    note: gr.HTML
+    attention: gr.HTML
+    savings: gr.HTML
+
+
+Changes = dict[Any, Any]
+
+
+class Handlers:
+    """The page's events, for all visitors; what belongs to one is in their session."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        worker: Worker,
+        sessions: Sessions,
+        samples: Sequence[Sample],
+        page: Components,
+    ) -> None:
+        self._settings = settings
+        self._worker = worker
+        self._sessions = sessions
+        self._samples = samples
+        self._page = page
+
+    def session(self, request: gr.Request) -> Session:
+        """Return the session of whoever calls."""
+        return self._sessions.get(request.session_hash)
+
+    # A video comes in.
+
+    async def upload(self, path: str | None, request: gr.Request) -> Changes:
+        """Take an uploaded file, or say what is wrong with it."""
+        if path is None:
+            return {}
+        page = self._page
+        try:
+            await self.take(self.session(request), path)
+        except InputError as error:
+            return {page.notice: fragments.notice(str(error)), page.upload: None}
+        return self._new_video(self.session(request))
+
+    async def pick_sample(self, event: gr.EventData, request: gr.Request) -> Changes:
+        """Take the sample whose card was clicked."""
+        try:
+            number = int(event._data["sample"])
+            await self.take(self.session(request), self._samples[number])
+        except InputError as error:
+            return {self._page.notice: fragments.notice(str(error))}
+        except (KeyError, ValueError, IndexError):
+            return {self._page.notice: fragments.notice("There is no such sample.")}
+        return self._new_video(self.session(request))
+
+    async def take(self, session: Session, source: str | Sample) -> Video:
+        """Check a video and make it the session's; raises `InputError`."""
+        if isinstance(source, Sample):
+            video = await asyncio.to_thread(take_sample, source, self._settings)
+        else:
+            video = await asyncio.to_thread(
+                take_upload, Path(source), session.folder, self._settings
+            )
+        self._sessions.set_video(session, video)
+        return video
+
+    def _new_video(self, session: Session) -> Changes:
+        page = self._page
+        return {
+            page.upload: None,
+            page.notice: fragments.notice(""),
+            page.player: fragments.player(session.video, media_url(session.media)),
+            page.chat: [],
+            page.line: fragments.status_line(Line("idle")),
+            page.chips: fragments.chips(self._questions(session)),
+            **self._panels(None),
+        }
+
+    def _questions(self, session: Session) -> tuple[str, ...]:
+        """What to suggest: the sample's own questions, or what the model is good at."""
+        if session.video is None:
+            return ()
+        model = self._worker.status().model
+        return session.video.questions or (model.examples if model is not None else ())
+
+    # A question.
+
+    async def ask(self, message: str, request: gr.Request) -> AsyncIterator[Changes]:
+        """Answer the question in the box, streaming."""
+        async for changes in self._turn(self.session(request), message or ""):
+            yield changes
+
+    async def ask_chip(self, event: gr.EventData, request: gr.Request) -> AsyncIterator[Changes]:
+        """Answer a suggested question, streaming."""
+        async for changes in self._turn(self.session(request), str(event._data["question"])):
+            yield changes
+
+    async def _turn(self, session: Session, message: str) -> AsyncIterator[Changes]:
+        page, first = self._page, True
+        async for update in run_turn(session, message, self._worker, self._settings):
+            changes = {page.line: fragments.status_line(update.line)}
+            if update.accepted:
+                changes |= self._conversation(session)
+                changes |= {page.question: ""} if first else {}
+                changes |= await self._progress(update, first)
+            first = False
+            yield changes
+
+    async def _progress(self, update: Update, first: bool) -> Changes:
+        changes: Changes = {}
+        if first or update.finished:
+            changes |= self._buttons(running=not update.finished)
+        if update.answer is not None:
+            changes |= await asyncio.to_thread(self._panels, update.answer)
+        return changes
+
+    def _conversation(self, session: Session) -> Changes:
+        duration = session.video.info.duration if session.video is not None else 0.0
+        return {self._page.chat: fragments.messages(session.turns, duration)}
+
+    def _panels(self, answer: Answer | None) -> Changes:
+        shown = answer.attention if answer is not None else None
+        duration = answer.video.duration if answer is not None else 0.0
+        model = self._worker.status().model
+        return {
+            self._page.attention: attention_panel(shown, duration, model),
+            self._page.savings: savings_panel(answer),
+        }
+
+    def _buttons(self, running: bool) -> Changes:
+        return {
+            self._page.ask: gr.update(visible=not running),
+            self._page.stop: gr.update(visible=running),
+        }
+
+    def stop(self, request: gr.Request) -> Changes:
+        """Stop the visitor's running answer."""
+        if self.session(request).stop():
+            return {self._page.line: fragments.status_line(Line("working", "Stopping", "waiting"))}
+        return self._buttons(running=False)
+
+    # The page's life.
+
+    def model_ready(self, request: gr.Request) -> Changes:
+        """Show what is known only of a loaded model."""
+        model = self._worker.status().model
+        return {
+            self._page.note: fragments.model_note(model.note if model is not None else ""),
+            self._page.chips: fragments.chips(self._questions(self.session(request))),
+        }
+
+    def leave(self, request: gr.Request) -> None:
+        """Note that the page was closed."""
+        self._sessions.leave(request.session_hash)

@@ -1,0 +1,1 @@
+"""Figures for the page, drawn as HTML and SVG from plain data."""

@@ -1,0 +1,52 @@
+"""Start the worker and the page, and end them together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+from app.logs import log, setup
+from app.sessions import Sessions
+from app.settings import Settings
+from app.sources import list_samples
+from app.worker import Worker
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal ends it; returns the exit code."""
+    settings = Settings.parse(argv)
+    setup(settings.log_level)
+    worker = Worker(settings)  # loads the model while the page starts
+    sessions = Sessions(settings, worker.forget)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    try:
+        return _serve(settings, worker, sessions, ended)
+    finally:
+        worker.close()
+        sessions.close()
+
+
+def _serve(settings: Settings, worker: Worker, sessions: Sessions, ended: threading.Event) -> int:
+    # Gradio reads these when it is imported, and keeps uploads there.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(sessions.root / "uploads")
+    from app.ui import build, launch_options
+
+    demo = build(settings, worker, sessions, list_samples())
+    try:
+        _, local, public = demo.launch(**launch_options(settings, worker, sessions))
+    except OSError as error:
+        print(f"The page cannot be served: {error}", file=sys.stderr)
+        return 1
+    print(f"CrossLMM Chat is at {local}", flush=True)
+    if public:
+        print(f"and for everybody at {public}", flush=True)
+    log("page_ready", port=demo.server_port)
+    ended.wait()
+    demo.close(verbose=False)
+    return 0

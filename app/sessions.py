@@ -1,0 +1,165 @@
+"""What belongs to one visitor, and its end.
+
+A visitor is a browser tab, known by the session hash that Gradio sends with every call.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from app.jobs import Job
+from app.logs import log
+from app.settings import Settings
+from app.sources import Video
+
+Outcome = Literal["running", "answered", "stopped", "failed"]
+
+_LOOK_SECONDS = 20.0
+
+
+@dataclass
+class Turn:
+    """A question and what came of it."""
+
+    question: str
+    answer: str = ""
+    outcome: Outcome = "running"
+    problem: str = ""  # why it failed, one sentence
+
+
+@dataclass
+class Session:
+    """One visitor: a folder, the current video and the conversation about it."""
+
+    id: str
+    folder: Path
+    video: Video | None = None
+    media: str = ""  # token under which the player gets the video
+    turns: list[Turn] = field(default_factory=list)
+    job: Job | None = None
+    last_seen: float = field(default_factory=time.monotonic)
+    left_at: float | None = None
+
+    def history(self, most: int) -> tuple[tuple[str, str], ...]:
+        """Earlier questions that were answered to the end, oldest first."""
+        answered = [turn for turn in self.turns if turn.outcome == "answered"]
+        kept = answered[len(answered) - min(most, len(answered)) :]
+        return tuple((turn.question, turn.answer) for turn in kept)
+
+    def stop(self) -> bool:
+        """Stop the running job, if there is one."""
+        job = self.job
+        if job is None or job.done:
+            return False
+        job.cancel()
+        return True
+
+
+class Sessions:
+    """All visitors. `forget` is told each video that is deleted."""
+
+    def __init__(self, settings: Settings, forget: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._forget = forget
+        self._lock = threading.Lock()
+        self._by_key: dict[str, Session] = {}
+        self._media: dict[str, Path] = {}
+        if settings.data_dir is not None:
+            Path(settings.data_dir).mkdir(parents=True, exist_ok=True)
+        self.root = Path(tempfile.mkdtemp(prefix="crosslmm-", dir=settings.data_dir))
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="crosslmm-sessions", daemon=True).start()
+
+    def get(self, key: str | None) -> Session:
+        """Return the visitor's session, made on the first call."""
+        key = key or "nobody"
+        with self._lock:
+            session = self._by_key.get(key)
+            if session is None:
+                name = secrets.token_hex(8)
+                session = Session(name, self.root / name)
+                session.folder.mkdir()
+                self._by_key[key] = session
+                log("session_started", session=name)
+            session.last_seen, session.left_at = time.monotonic(), None
+            return session
+
+    def set_video(self, session: Session, video: Video) -> None:
+        """Make `video` the current one; the one before it and its conversation end."""
+        session.stop()
+        self._drop_video(session)
+        session.video, session.turns = video, []
+        session.media = self.publish(video.path)
+
+    def publish(self, path: Path) -> str:
+        """Make a file reachable for the player under a token that cannot be guessed."""
+        token = secrets.token_urlsafe(18) + path.suffix
+        with self._lock:
+            self._media[token] = path
+        return token
+
+    def media(self, token: str) -> Path | None:
+        """Return the file behind a token."""
+        with self._lock:
+            return self._media.get(token)
+
+    def leave(self, key: str | None) -> None:
+        """Note a closed page: its job stops now, the rest goes a little later (it may return)."""
+        with self._lock:
+            session = self._by_key.get(key or "nobody")
+        if session is not None:
+            session.left_at = time.monotonic()
+            session.stop()
+
+    def close(self) -> None:
+        """End every session and delete all visitors' files."""
+        self._closed.set()
+        for key in list(self._by_key):
+            self._end(key)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def end_expired(self) -> None:
+        """End the sessions whose visitor left or has been silent too long."""
+        now = time.monotonic()
+        with self._lock:
+            expired = [key for key, one in self._by_key.items() if self._is_over(one, now)]
+        for key in expired:
+            self._end(key)
+
+    def _is_over(self, session: Session, now: float) -> bool:
+        if session.job is not None and not session.job.done:
+            return False
+        if session.left_at is not None:
+            return now - session.left_at > self._settings.session_grace_seconds
+        return now - session.last_seen > self._settings.session_idle_seconds
+
+    def _end(self, key: str) -> None:
+        with self._lock:
+            session = self._by_key.pop(key, None)
+        if session is None:
+            return
+        session.stop()
+        self._drop_video(session)
+        shutil.rmtree(session.folder, ignore_errors=True)
+        log("session_ended", session=session.id)
+
+    def _drop_video(self, session: Session) -> None:
+        video = session.video
+        with self._lock:
+            self._media.pop(session.media, None)
+        session.video, session.media = None, ""
+        if video is not None and not video.shared:
+            self._forget(str(video.path))
+            video.path.unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_LOOK_SECONDS):
+            self.end_expired()

@@ -1,0 +1,130 @@
+"""A video comes in, as a sample or an upload, and is checked before use."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.logs import log
+from app.settings import Settings, show_bytes
+from model.types import InputError, VideoInfo
+
+SAMPLES = Path(__file__).parent.parent / "assets" / "samples"
+
+# Containers that are served to the player, by the suffix of the file that we name.
+MEDIA_TYPES = {
+    ".mp4": "video/mp4",
+    ".m4v": "video/mp4",
+    ".mov": "video/mp4",
+    ".webm": "video/webm",
+    ".mkv": "video/x-matroska",
+    ".avi": "video/x-msvideo",
+}
+_TITLE_CHARS = 80
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A video that comes with the repository."""
+
+    path: Path
+    title: str
+    duration: float
+    questions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A checked video, ready for the player and the model."""
+
+    path: Path
+    title: str
+    info: VideoInfo
+    questions: tuple[str, ...]
+    shared: bool  # a sample: belongs to everybody and is never deleted
+
+
+def list_samples(folder: Path = SAMPLES) -> tuple[Sample, ...]:
+    """Read `samples.json`; entries without their file are left out, no list means no samples."""
+    listing = folder / "samples.json"
+    if not listing.is_file():
+        return ()
+    entries = json.loads(listing.read_text(encoding="utf-8"))
+    samples = [_sample(folder, entry) for entry in entries]
+    return tuple(sample for sample in samples if sample.path.is_file())
+
+
+def _sample(folder: Path, entry: Mapping[str, Any]) -> Sample:
+    return Sample(
+        path=folder / Path(entry["file"]).name,
+        title=str(entry.get("title") or Path(entry["file"]).stem),
+        duration=float(entry.get("duration", 0.0)),
+        questions=tuple(str(asked["question"]) for asked in entry.get("questions", ())),
+    )
+
+
+def take_sample(sample: Sample, settings: Settings) -> Video:
+    """Use a sample where it lies: what the model keeps of it then serves every visitor."""
+    return Video(sample.path, sample.title, probe(sample.path, settings), sample.questions, True)
+
+
+def take_upload(upload: Path, folder: Path, settings: Settings) -> Video:
+    """Check an uploaded file and give it a name of ours in the visitor's folder.
+
+    Raises `InputError` with one sentence when it is not a video that can be used.
+    """
+    title = clean_title(upload.name)
+    if not upload.is_file():
+        raise InputError(f"{title} did not arrive. Please upload it again.")
+    size = upload.stat().st_size
+    if size == 0:
+        raise InputError(f"{title} is an empty file (0 bytes). Please choose a video.")
+    if size > settings.max_upload_bytes:
+        raise InputError(
+            f"{title} has {show_bytes(size)}; "
+            f"at most {show_bytes(settings.max_upload_bytes)} are taken."
+        )
+    info = probe(upload, settings)
+    suffix = upload.suffix.lower()
+    kept = folder / f"{secrets.token_hex(8)}{suffix if suffix in MEDIA_TYPES else '.mp4'}"
+    _link_or_copy(upload, kept)
+    log("video_added", codec=info.codec, seconds=info.duration, bytes=size)
+    return Video(kept, title, info, (), False)
+
+
+def probe(path: Path, settings: Settings) -> VideoInfo:
+    """Measure a file. The one place of the page process where a visitor's file is parsed."""
+    # Imported on first use: PyAV would delay the page's start.
+    from model.video import VideoLimits
+    from model.video import probe as probe_file
+
+    limits = VideoLimits(
+        max_duration=settings.max_video_seconds, max_bytes=settings.max_upload_bytes
+    )
+    return probe_file(path, limits)
+
+
+def clean_title(name: str) -> str:
+    """Keep what can be shown of a visitor's file name; it is never used as a path."""
+    shown = "".join(char for char in name if char.isprintable()).strip()
+    if len(shown) > _TITLE_CHARS:
+        shown = shown[: _TITLE_CHARS - 1] + "…"
+    return shown or "video"
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    # A link costs no disk; the upload itself is shared by all who upload the same bytes.
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        try:
+            shutil.copyfile(source, target, follow_symlinks=False)
+        except OSError as error:
+            target.unlink(missing_ok=True)
+            raise InputError("There is no room left on the disk for this video.") from error

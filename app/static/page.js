@@ -1,0 +1,71 @@
+// Seeking, the playhead over the figures, light and dark. Listens on the document, because Gradio
+// replaces the elements it draws.
+(() => {
+  const clock = (seconds) => {
+    const whole = Math.max(0, Math.floor(seconds));
+    const two = (n) => String(n).padStart(2, "0");
+    const h = Math.floor(whole / 3600), m = Math.floor(whole / 60) % 60, s = whole % 60;
+    return h ? `${h}:${two(m)}:${two(s)}` : `${m}:${two(s)}`;
+  };
+  const player = () => document.querySelector(".player video");
+  const seek = (seconds) => {
+    const video = player();
+    if (!video) return;
+    video.currentTime = seconds;
+    const box = video.getBoundingClientRect();
+    if (box.bottom < 40 || box.top > innerHeight - 40) {
+      video.scrollIntoView({ behavior: "smooth", block: "center" });
+    }
+  };
+  const timeIn = (plot, event) => {
+    const box = plot.getBoundingClientRect();
+    const share = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
+    return { share, seconds: share * Number(plot.dataset.duration) };
+  };
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-seek]");
+    if (button) return seek(Number(button.dataset.seek));
+    const link = event.target.closest('a[href*="#t="]');
+    if (link) {
+      event.preventDefault();
+      return seek(Number(link.getAttribute("href").split("#t=")[1]));
+    }
+    const plot = event.target.closest(".plot");
+    if (plot) return seek(timeIn(plot, event).seconds);
+    if (event.target.closest("[data-theme-toggle]")) {
+      const dark = document.body.classList.toggle("dark");
+      document.documentElement.classList.toggle("dark", dark);
+    }
+  });
+
+  document.addEventListener("pointermove", (event) => {
+    const plot = event.target.closest && event.target.closest(".plot");
+    if (!plot) return;
+    const { share, seconds } = timeIn(plot, event);
+    const pointer = plot.querySelector(".pointer");
+    pointer.style.left = `${100 * share}%`;
+    pointer.dataset.time = clock(seconds);
+  });
+
+  const follow = (event) => {
+    if (!event.target.matches || !event.target.matches(".player video")) return;
+    for (const plot of document.querySelectorAll(".plot")) {
+      const share = event.target.currentTime / Number(plot.dataset.duration);
+      plot.querySelector(".playhead").style.left = `${100 * Math.min(1, share)}%`;
+    }
+  };
+  document.addEventListener("timeupdate", follow, true);
+  document.addEventListener("seeking", follow, true);
+  document.addEventListener("error", (event) => {
+    if (event.target.matches && event.target.matches(".player video")) {
+      event.target.parentElement.querySelector(".unplayable").hidden = false;
+    }
+  }, true);
+  document.addEventListener("loadedmetadata", (event) => {
+    // Sound without pictures: the browser has no decoder for this codec.
+    if (event.target.matches(".player video") && event.target.videoWidth === 0) {
+      event.target.parentElement.querySelector(".unplayable").hidden = false;
+    }
+  }, true);
+})();

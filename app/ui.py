@@ -1,0 +1,181 @@
+"""The page: layout and wiring, no logic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app import fragments
+from app.api import add_endpoints
+from app.chat import Line
+from app.handlers import Components, Handlers
+from app.panels.attention import attention_panel
+from app.panels.savings import savings_panel
+from app.routes import media_url, routes
+from app.sessions import Sessions
+from app.settings import Settings
+from app.sources import Sample
+from app.worker import Worker
+
+STATIC = Path(__file__).parent / "static"
+
+_CACHE_LOOK_SECONDS, _CACHE_AGE_SECONDS = 600, 3600
+
+# Clicks inside our HTML, handed to Python with what the button stands for.
+_SEND = """
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-%(name)s]");
+  if (button) trigger("click", { %(name)s: button.dataset.%(name)s });
+});
+"""
+
+
+def build(
+    settings: Settings, worker: Worker, sessions: Sessions, samples: Sequence[Sample]
+) -> gr.Blocks:
+    """Put the page together."""
+    with gr.Blocks(
+        title=fragments.NAME,
+        fill_width=True,
+        analytics_enabled=False,
+        delete_cache=(_CACHE_LOOK_SECONDS, _CACHE_AGE_SECONDS),
+    ) as demo:
+        with gr.Row(elem_id="top"):
+            gr.HTML(fragments.header(), elem_id="header")
+            status = gr.HTML(
+                fragments.STATUS,
+                elem_id="status",
+                js_on_load=(STATIC / "status.js").read_text(encoding="utf-8"),
+            )
+        with gr.Row(elem_id="columns"):
+            with gr.Column(elem_id="talk", min_width=300):
+                with gr.Row(elem_id="sources"):
+                    cards = _sample_cards(sessions, samples)
+                    upload = gr.File(label="Upload a video", elem_id="upload", height=96)
+                notice = gr.HTML("", elem_id="notice")
+                player = gr.HTML(fragments.player(None, ""), elem_id="player")
+                chat = _chatbot()
+                line = gr.HTML(fragments.status_line(Line("idle")), elem_id="line")
+                chips = gr.HTML(
+                    fragments.chips(()), elem_id="chips", js_on_load=_SEND % {"name": "question"}
+                )
+                question, ask, stop = _composer(settings)
+                note = gr.HTML("", elem_id="note")
+            with gr.Column(elem_id="panels", min_width=300):
+                attention = gr.HTML(attention_panel(None, 0.0, None), elem_id="attention")
+                savings = gr.HTML(savings_panel(None), elem_id="savings")
+        page = Components(
+            upload, notice, player, chat, line, chips, question, ask, stop, note, attention, savings
+        )
+        handlers = Handlers(settings, worker, sessions, samples, page)
+        _wire(demo, handlers, page, cards, status)
+        add_endpoints(handlers, worker, settings, samples)
+    return demo.queue(default_concurrency_limit=None)
+
+
+def _sample_cards(sessions: Sessions, samples: Sequence[Sample]) -> gr.HTML:
+    urls = [media_url(sessions.publish(sample.path)) for sample in samples]
+    return gr.HTML(
+        fragments.sample_cards(samples, urls),
+        elem_id="samples",
+        visible=bool(samples),
+        js_on_load=_SEND % {"name": "sample"},
+    )
+
+
+def _chatbot() -> gr.Chatbot:
+    return gr.Chatbot(
+        label="Conversation",
+        show_label=False,
+        elem_id="chat",
+        height=300,
+        buttons=[],
+        layout="bubble",
+        feedback_options=None,
+        latex_delimiters=[],
+        allow_tags=False,
+        placeholder="Your questions and the answers appear here.",
+    )
+
+
+def _composer(settings: Settings) -> tuple[gr.Textbox, gr.Button, gr.Button]:
+    with gr.Row(elem_id="composer"):
+        question = gr.Textbox(
+            label="Question",
+            show_label=False,
+            container=False,
+            placeholder="Ask about the video",
+            lines=1,
+            max_lines=5,
+            max_length=settings.max_question_chars,
+            elem_id="question",
+            scale=1,
+            html_attributes=gr.InputHTMLAttributes(enterkeyhint="send", autocomplete="off"),
+        )
+        ask = gr.Button("Ask", variant="primary", elem_id="ask", scale=0, min_width=88)
+        stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=0, min_width=88)
+        stop.visible = False
+    return question, ask, stop
+
+
+def _wire(
+    demo: gr.Blocks, handlers: Handlers, page: Components, cards: gr.HTML, status: gr.HTML
+) -> None:
+    quiet: dict[str, Any] = {
+        "show_progress": "hidden",
+        "api_visibility": "private",
+        "concurrency_limit": None,
+    }
+    video = [
+        page.upload, page.notice, page.player, page.chat, page.line, page.chips,
+        page.attention, page.savings,
+    ]  # fmt: skip
+    turn = [
+        page.question, page.chat, page.line, page.ask, page.stop, page.attention, page.savings,
+    ]  # fmt: skip
+    page.upload.upload(handlers.upload, page.upload, video, **quiet)
+    cards.click(handlers.pick_sample, None, video, **quiet)
+    gr.on([page.question.submit, page.ask.click], handlers.ask, page.question, turn, **quiet)
+    page.chips.click(handlers.ask_chip, None, turn, **quiet)
+    page.stop.click(handlers.stop, None, [page.line, page.ask, page.stop], queue=False, **quiet)
+    status.ready(handlers.model_ready, None, [page.note, page.chips], **quiet)
+    demo.unload(handlers.leave)
+
+
+def theme() -> gr.themes.Base:
+    """Calm greys and one colour; fonts that Gradio serves itself or the system has."""
+    text = (gr.themes.LocalFont("IBM Plex Sans", weights=(400, 600)), "system-ui", "sans-serif")
+    mono = (gr.themes.LocalFont("IBM Plex Mono", weights=(400, 600)), "ui-monospace", "monospace")
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.teal,
+        secondary_hue=gr.themes.colors.teal,
+        neutral_hue=gr.themes.colors.stone,
+        radius_size=gr.themes.sizes.radius_md,
+        font=text,
+        font_mono=mono,
+    )
+
+
+def launch_options(settings: Settings, worker: Worker, sessions: Sessions) -> dict[str, Any]:
+    """Arguments for `Blocks.launch`."""
+    script = (STATIC / "page.js").read_text(encoding="utf-8")
+    return {
+        "server_name": settings.host,
+        "server_port": settings.port,
+        "share": settings.share,
+        "auth": list(settings.auth) or None,
+        "max_file_size": settings.max_upload_bytes,
+        "theme": theme(),
+        "css_paths": [STATIC / "page.css"],
+        "head": f"<script>{script}</script>",
+        "favicon_path": STATIC / "favicon.png",
+        "footer_links": ["api"],
+        "run_history": False,
+        "enable_monitoring": False,
+        "app_kwargs": {"routes": routes(worker, sessions)},
+        "prevent_thread_lock": True,
+        "quiet": True,
+    }
