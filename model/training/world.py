@@ -79,7 +79,7 @@ def sample_scene(
     `aspect` is width / height of the picture in which objects shall look undistorted.
     """
     if kind is None:
-        kind = rng.choices(("filler", "solo", "flock", "group"), (20, 42, 18, 20))[0]
+        kind = rng.choices(("filler", "solo", "flock", "group"), (20, 42, 20, 18))[0]
     if duration is None:
         duration = sample_duration(rng, interval)
     background = _background(rng, duration / interval)
@@ -96,7 +96,7 @@ def sample_scene(
     else:
         raise ValueError(f"kind must be filler, solo, flock or group, not {kind!r}")
     sign = None
-    if rng.random() < (0.35 if kind == "flock" else 0.6):
+    if rng.random() < (0.45 if kind == "flock" else 0.7):
         sign = _sign(rng, actors, duration, interval)
     taken = [actor.box(t) for actor in actors for t in (actor.start, actor.end)]
     if sign is not None:
@@ -149,7 +149,7 @@ def make_world(
 def _kinds(rng: random.Random, number: int) -> list[str]:
     """The kind of each scene: fillers between the events, and never more names than there are."""
     events = min(max(number - round(number * rng.uniform(0.1, 0.3)), 1), MOST_EVENTS)
-    kinds = rng.choices(("solo", "flock", "group"), (42, 18, 20), k=events)
+    kinds = rng.choices(("solo", "flock", "group"), (42, 20, 18), k=events)
     kinds += ["filler"] * (number - events)
     rng.shuffle(kinds)
     return kinds
@@ -214,10 +214,12 @@ def _solo(
     start = 0.0
     if units > 6 and rng.random() < 0.3:
         start = rng.uniform(1.2, units / 3) * interval
-    if units - start / interval > 9.5 or rng.random() < 0.4:
+    if rng.random() < 0.5:
         return [Actor(noun, width, size, x, y, x, y, start, duration)]
-    path = _path(rng, x, y, width, size, (duration - start) / interval)
-    return [Actor(noun, width, size, *path, start, duration)]
+    # A moving object crosses the picture at a pace that shows; in a long scene it is gone then.
+    stay = min(duration - start, rng.uniform(4, 10) * interval)
+    path = _path(rng, x, y, width, size, stay / interval)
+    return [Actor(noun, width, size, *path, start, start + stay)]
 
 
 def _path(
@@ -287,10 +289,10 @@ def _sign(
     owner = rng.choice(actors)
     span = rng.uniform(1.15, 3.0) * interval
     earliest = max(owner.start, 0.3 * interval)
-    if duration - earliest < span + 0.2 * interval:
+    if owner.end - earliest < span + 0.2 * interval:
         return None
-    start = rng.uniform(earliest, duration - span - 0.1 * interval)
-    if rng.random() < 0.6:
+    start = rng.uniform(earliest, owner.end - span - 0.1 * interval)
+    if rng.random() < 0.55:
         kind, text = "number", str(rng.randint(100, 999))
     else:
         kind, text = "word", rng.choice(SIGN_WORDS)

@@ -37,6 +37,8 @@ PLACES = (
     ("left", "centre", "right"),
     ("bottom left", "bottom", "bottom right"),
 )
+ONLY_COMMON = 0.1  # how often a kind is asked where only a common answer is possible
+_COMMON = {"1": 0.4, STILL: 0.4, NOTHING: 0.3}
 _SIGN_FORMS = ("number", "word", "colour")
 _ABSENT_FORMS = (*_SIGN_FORMS, "when", "before", "after", "where", "direction")
 
@@ -125,15 +127,23 @@ def all_texts(worlds: int = 1500, seed: int = 1_000_000) -> Iterator[str]:
 
 
 def _choose(facts: list[_Fact], rng: random.Random, number: int, *, balanced: bool) -> list[_Fact]:
-    """Some facts without repetition; balanced: every answer with the same chance, if it exists."""
-    if not balanced:
-        return rng.sample(facts, min(number, len(facts)))
+    """Some facts without repetition; balanced: every answer that there is with the same chance.
+
+    The answers in `_COMMON` are held back, or they would be right most of the time: above all where
+    a video allows no other.
+    """
+    if rng.random() > ONLY_COMMON and all(fact.answer in _COMMON for fact in facts):
+        return []
     groups: dict[str, list[_Fact]] = {}
     for fact in rng.sample(facts, len(facts)):
         groups.setdefault(fact.answer, []).append(fact)
-    chosen = []
+    chosen: list[_Fact] = []
     while groups and len(chosen) < number:
-        answer = rng.choice(sorted(groups))
+        answers = sorted(groups)
+        weights = [
+            (1 if balanced else len(groups[answer])) * _COMMON.get(answer, 1) for answer in answers
+        ]
+        answer = rng.choices(answers, weights)[0]
         chosen.append(groups[answer].pop())
         if not groups[answer]:
             del groups[answer]
