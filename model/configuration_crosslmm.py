@@ -129,10 +129,11 @@ class CrossLMMConfig(PreTrainedConfig):
                 raise ValueError(f"dcal_interval must be at least 1, got {self.dcal_interval}")
             layers = range(0, self.text_config.num_hidden_layers, self.dcal_interval)
             self.dcal_layers = list(layers)
-        self._check()
+        self.validate_choices()
         super().__post_init__(**kwargs)
 
-    def _check(self) -> None:
+    def validate_choices(self) -> None:
+        """Raise ValueError where a choice is impossible; names what was expected."""
         choices = {
             "v2v_scope": ("frame", "window", "video"),
             "time_encoding": ("none", "clock"),

@@ -49,7 +49,9 @@ class VisualState:
 class VisualContext:
     """What one forward pass hands to every dual cross-attention."""
 
-    memory: torch.Tensor | None = None  # (B, T, N, D) original tokens of this forward's frames
+    # (B, T, N, D) original tokens of this forward's frames, projected and RMS-normalised: the
+    # branches' pre-normalisation of keys and values, done once for all of them.
+    memory: torch.Tensor | None = None
     earlier: torch.Tensor | None = None  # (B, w, N, D) the frames before them (window scope)
     v2v_memory: torch.Tensor | None = None  # (B, T', N, D) in video scope, when it is not `memory`
     frame_mask: torch.Tensor | None = None  # (B, T) bool, False where a frame is padding
@@ -131,7 +133,6 @@ class CrossAttention(nn.Module):
             heads * self.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads)
         )
         self.query_norm = Qwen2RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
-        self.memory_norm = Qwen2RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.q_proj = nn.Linear(text.hidden_size, width, bias=True)
         self.k_proj = nn.Linear(text.hidden_size, kv_width, bias=True)
         self.v_proj = nn.Linear(text.hidden_size, kv_width, bias=True)
@@ -144,8 +145,7 @@ class CrossAttention(nn.Module):
         return query.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def keys_values(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, M, D) -> two of (B, Hkv, M, d)."""
-        memory = self.memory_norm(memory)
+        """Normalised original tokens (B, M, D) -> two of (B, Hkv, M, d)."""
         return tuple(
             proj(memory).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.k_proj, self.v_proj)

@@ -165,6 +165,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         width = config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = CrossLMMProjector(config)
+        self.memory_norm = Qwen2RMSNorm(width, eps=config.text_config.rms_norm_eps)
         self.time_embedding = ClockEmbedding(width) if config.time_encoding == "clock" else None
         self.row_embedding = self.column_embedding = None
         if config.patch_position == "learned":
@@ -191,7 +192,10 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
     def embed_frames(
         self, features: torch.Tensor, frame_times: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (B, T, N, Dv), seconds (B, T) -> pooled (B, T, P, D), original (B, T, N, D)."""
+        """Features (B, T, N, Dv), seconds (B, T) -> pooled (B, T, P, D), memory (B, T, N, D).
+
+        The memory is RMS-normalised here, once, instead of in front of every branch.
+        """
         grid, projector = self.config.pooled_grid, self.multi_modal_projector
         original = projector(features)
         if self.config.pool_after_projector:
@@ -206,7 +210,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         if self.row_embedding is not None:
             position = self.row_embedding.weight[:, None] + self.column_embedding.weight
             original = original + position.flatten(0, 1).to(original.dtype)
-        return pooled, original
+        return pooled, self.memory_norm(original).to(features.dtype)
 
     def forward(
         self,

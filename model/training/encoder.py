@@ -32,6 +32,7 @@ from model.training.world_facts import (
 )
 
 TRAIN_SEED = 1_000_000  # held-out evaluation uses smaller seeds
+SIGN_SHARE = 0.85  # reading is the hard part: scenes without a sign are mostly drawn again
 CLASSES = (len(NOUN_IDS) + 1, len(COLOUR_IDS) + 1) + (len(SIGN_CHARACTERS) + 1,) * LONGEST_SIGN
 
 
@@ -78,6 +79,8 @@ def render_examples(args: tuple[int, int, int, int]) -> tuple[np.ndarray, np.nda
         rng = seeded("encoder", seed + i)
         shape = scene_shape(rng)
         scene = sample_scene(rng, aspect=shape[0] / shape[1])
+        while scene.sign is None and rng.random() < SIGN_SHARE:
+            scene = sample_scene(rng, aspect=shape[0] / shape[1])
         t = rng.uniform(0, scene.duration * 0.999)
         if scene.sign is not None and rng.random() < 0.85:
             t = rng.uniform(scene.sign.start, scene.sign.end * 0.999)

@@ -1,0 +1,372 @@
+"""The engine: one loaded model, many videos, one question at a time, answers as a stream of events.
+
+Imports no Gradio. Runs in the background worker, in the command line and in evaluation alike.
+"""
+
+from __future__ import annotations
+
+import io
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from model.accounting import count_savings
+from model.attention_maps import MapCapture, TextMaps, text_to_visual
+from model.loading import Loaded, load
+from model.types import (
+    Answer,
+    AskRequest,
+    AttentionSummary,
+    Event,
+    FrameView,
+    ModelInfo,
+    Piece,
+    Progress,
+    Stopped,
+    StopCheck,
+    Timings,
+    TokenCounts,
+    VideoInfo,
+)
+from model.video import decode_frames, probe, sample_times
+from model.video_memory import MemoryPool, VideoMemory
+
+CHUNK_FRAMES = 16  # frames encoded and prefilled together
+CHUNKS_AHEAD = 2  # decoded chunks that may wait for the model
+THUMBNAIL_SIDE = 320  # pixels, longer side of the pictures kept for the page
+
+
+@dataclass
+class _Entry:
+    """A video that is ready for questions."""
+
+    memory: VideoMemory
+    info: VideoInfo
+    thumbnails: list[bytes] = field(default_factory=list)
+    decode_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    failed_frames: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.nbytes + sum(map(len, self.thumbnails))
+
+
+class _Pieces(BaseStreamer):
+    """Turns generated ids into pieces of text that never change once shown."""
+
+    def __init__(self, tokenizer, events: queue.Queue) -> None:  # noqa: ANN001 (any tokenizer)
+        self.tokenizer = tokenizer
+        self.events = events
+        self.ids: list[int] = []
+        self.shown = ""
+        self.first_token: float | None = None
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt:  # generate hands over the prompt first
+            self._prompt = False
+            return
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+        self.ids += value.flatten().tolist()
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd") and len(text) > len(self.shown):
+            self.events.put(Piece(text[len(self.shown) :]))
+            self.shown = text
+
+    def end(self) -> None:
+        pass
+
+
+class _StopOn(StoppingCriteria):
+    def __init__(self, stop: StopCheck) -> None:
+        self.stop = stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.full((len(input_ids),), bool(self.stop()), device=input_ids.device)
+
+
+class Engine:
+    """Answers questions about local video files."""
+
+    def __init__(self, loaded: Loaded, *, memory_budget: int = 2 << 30) -> None:
+        self.crosslmm = loaded.crosslmm
+        self.processor = loaded.processor
+        self.info: ModelInfo = loaded.info
+        self.pool = MemoryPool(memory_budget)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | None = None,
+        *,
+        quantization: str = "auto",
+        device: str = "auto",
+        memory_budget: int = 2 << 30,
+    ) -> Engine:
+        """Load a model (see `model.loading.load`) and keep up to `memory_budget` bytes of videos."""
+        loaded = load(source, quantization=quantization, device=device)
+        return cls(loaded, memory_budget=memory_budget)
+
+    def forget(self, video: str) -> None:
+        """Drop everything that is kept of a file."""
+        self.pool.drop(lambda key: key[0] == str(video))
+
+    def ask(self, request: AskRequest, stop: StopCheck = lambda: False) -> Iterator[Event]:
+        """Answer one question.
+
+        Yields `Progress` and `Piece` events and ends with one `Answer`. After `stop()` turns true
+        the answer so far ends the turn.
+
+        Raises:
+            InputError: the video or the question cannot be used.
+            Stopped: stopped before the video was ready; nothing of it is kept.
+        """
+        started = time.perf_counter()
+        history = request.history if self.crosslmm.config.multi_turn else ()
+        prefix, suffix = self.processor.prompt_ids(request.question, history)
+        max_frames = request.max_frames or self.processor.max_frames
+        stat = Path(request.video).stat() if Path(request.video).exists() else None
+        key = (str(request.video), stat and (stat.st_mtime_ns, stat.st_size), max_frames)
+        entry = self.pool.get(key)
+        reused = entry is not None
+        if entry is None:
+            entry = yield from self._read(request.video, prefix, max_frames, stop)
+            self.pool.put(key, entry)
+        yield Progress("answering", 0, 0)
+        yield from self._answer(request, entry, suffix, reused, started, stop)
+
+    # Reading a video into a memory.
+
+    def _read(
+        self, path: str, prefix: list[int], max_frames: int, stop: StopCheck
+    ) -> Iterator[Event]:
+        yield Progress("reading", 0, 0)
+        info = probe(path)
+        times = sample_times(
+            info.duration, max_frames=max_frames, frame_rate=self.processor.frame_rate
+        )
+        entry = _Entry(
+            VideoMemory(self.crosslmm, prefix_ids=prefix, capture=MapCapture(v2v=False)), info
+        )
+        chunks: queue.Queue = queue.Queue(CHUNKS_AHEAD)
+        quit_reading = threading.Event()
+        reader = threading.Thread(
+            target=self._decode,
+            args=(path, times, info, chunks, lambda: quit_reading.is_set() or stop()),
+            daemon=True,
+        )
+        reader.start()
+        total = len(times)
+        try:
+            while True:
+                try:
+                    item = chunks.get(timeout=0.1)
+                except queue.Empty:
+                    if stop():
+                        raise Stopped("stopped while reading the video") from None
+                    continue
+                if item is None:
+                    break
+                if isinstance(item, BaseException):
+                    raise item
+                pixels, frame_times, pictures, seconds, failed = item
+                entry.decode_seconds += seconds
+                entry.failed_frames = failed
+                entry.thumbnails += pictures
+                self._encode(entry, pixels, frame_times)
+                if stop():
+                    raise Stopped("stopped while encoding the video")
+                yield Progress("encoding", entry.memory.num_frames, total)
+            clock = time.perf_counter()
+            entry.memory.finish()
+            entry.prefill_seconds += time.perf_counter() - clock
+        finally:
+            quit_reading.set()
+            while reader.is_alive():  # unblock a reader that waits for room in the queue
+                try:
+                    chunks.get_nowait()
+                except queue.Empty:
+                    reader.join(0.05)
+        return entry
+
+    def _decode(
+        self,
+        path: str,
+        times: np.ndarray,
+        info: VideoInfo,
+        chunks: queue.Queue,
+        stop: StopCheck,
+    ) -> None:
+        """Runs in a thread: decode and resize, a chunk at a time, while the model works."""
+        try:
+            frames = iter(decode_frames(path, times, stop=stop, info=info))
+            reader, done = frames, False
+            while not done:
+                clock = time.perf_counter()
+                images, seconds = [], []
+                while len(images) < CHUNK_FRAMES:
+                    frame = next(frames, None)
+                    if frame is None:
+                        done = True
+                        break
+                    images.append(frame.image)
+                    seconds.append(frame.time)
+                if images:
+                    pixels = self.processor.preprocess_frames(images)
+                    pictures = [_jpeg(image) for image in images]
+                    spent = time.perf_counter() - clock
+                    failed = getattr(reader, "failed", 0)
+                    chunks.put((pixels, torch.tensor(seconds), pictures, spent, failed))
+            chunks.put(None)
+        except BaseException as error:  # noqa: BLE001 (handed to the thread that reads the queue)
+            chunks.put(error)
+
+    def _encode(self, entry: _Entry, pixels: torch.Tensor, times: torch.Tensor) -> None:
+        clock = time.perf_counter()
+        model = self.crosslmm.model
+        with torch.inference_mode():
+            dtype = model.vision_tower.embeddings.patch_embedding.weight.dtype
+            features = model.encode_frames(pixels.to(model.device, dtype))
+        encoded = time.perf_counter()
+        entry.memory.append_features(features, times)
+        entry.encode_seconds += encoded - clock
+        entry.prefill_seconds += time.perf_counter() - encoded
+
+    # Answering on a memory.
+
+    def _answer(
+        self,
+        request: AskRequest,
+        entry: _Entry,
+        suffix: list[int],
+        reused: bool,
+        started: float,
+        stop: StopCheck,
+    ) -> Iterator[Event]:
+        memory, events = entry.memory, queue.Queue()
+        capture = MapCapture()
+        pieces = _Pieces(self.processor.tokenizer, events)
+        failure: list[BaseException] = []
+        limit = request.max_new_tokens or self.crosslmm.generation_config.max_new_tokens or 128
+
+        def generate() -> None:
+            try:
+                with torch.inference_mode():
+                    self.crosslmm.generate(
+                        memory.input_ids(suffix),
+                        past_key_values=memory.cache,
+                        streamer=pieces,
+                        stopping_criteria=[_StopOn(stop)],
+                        max_new_tokens=limit,
+                        do_sample=False,
+                    )
+            except BaseException as error:  # noqa: BLE001 (raised again below, in this thread)
+                failure.append(error)
+            finally:
+                events.put(None)
+
+        with memory.turn(capture):
+            thread = threading.Thread(target=generate, daemon=True)
+            thread.start()
+            while (event := events.get()) is not None:
+                yield event
+            thread.join()
+            if failure:
+                raise failure[0]
+            attention = self._attention(entry, capture, pieces.ids, request.strongest_frames)
+        generated = len(pieces.ids)
+        text_tokens = len(memory.prefix_ids) + len(suffix)
+        first = (pieces.first_token or time.perf_counter()) - started
+        yield Answer(
+            text=pieces.shown.strip(),
+            stopped=stop(),
+            model=self.info.name,
+            tokens=TokenCounts(
+                original=memory.num_frames * memory.config.original_tokens_per_frame,
+                pooled=memory.num_frames * memory.config.pooled_tokens_per_frame,
+                text=text_tokens,
+                generated=generated,
+            ),
+            timings=Timings(
+                decode=0.0 if reused else entry.decode_seconds,
+                encode=0.0 if reused else entry.encode_seconds,
+                prefill=0.0 if reused else entry.prefill_seconds,
+                first_token=first,
+                total=time.perf_counter() - started,
+            ),
+            frame_times=np.asarray(memory.times),
+            attention=attention,
+            savings=count_savings(memory.config, memory.num_frames, text_tokens, generated),
+            memory_reused=reused,
+            video=entry.info,
+            notices=_notices(entry),
+        )
+
+    def _attention(
+        self, entry: _Entry, capture: MapCapture, ids: list[int], strongest: int
+    ) -> AttentionSummary | None:
+        """T2V of the positions that predicted each answer token."""
+        if not ids:
+            return None
+        maps = text_to_visual(
+            self.crosslmm, entry.memory, capture, last=len(ids), strongest=strongest
+        )
+        if maps is None:
+            return None
+        return self._summary(entry, maps, ids)
+
+    def _summary(self, entry: _Entry, maps: TextMaps, ids: list[int]) -> AttentionSummary:
+        tokenizer = self.processor.tokenizer
+        keep = [i for i, token in enumerate(ids) if token not in tokenizer.all_special_ids]
+        keep = keep or list(range(len(ids)))
+        t2v = maps.mass[keep].float().cpu().numpy()
+        overall = t2v.mean((0, 1))
+        grid = entry.memory.config.original_grid
+        patches = maps.patches.float().cpu().numpy()
+        frames = tuple(
+            FrameView(
+                index=frame,
+                time=entry.memory.times[frame],
+                mass=float(overall[frame]),
+                jpeg=entry.thumbnails[frame],
+                patches=patches[:, rank].reshape(-1, grid, grid),
+            )
+            for rank, frame in enumerate(maps.frames)
+        )
+        return AttentionSummary(
+            times=np.asarray(entry.memory.times),
+            layers=tuple(maps.layers),
+            tokens=tuple(tokenizer.decode([ids[i]]) for i in keep),
+            t2v=t2v,
+            frames=frames,
+            peak=entry.memory.times[int(overall.argmax())],
+        )
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    picture = Image.fromarray(image)
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def _notices(entry: _Entry) -> tuple[str, ...]:
+    if not entry.failed_frames:
+        return ()
+    return (
+        f"{entry.failed_frames} sampled frames could not be decoded and were left out; "
+        f"{entry.memory.num_frames} were used.",
+    )
