@@ -347,7 +347,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         ends = (is_visual * (columns + 1)).amax(1, keepdim=True)  # (B, 1) first column after
         start = int(ends.min())
         text_mask = columns >= ends
-        if attention_mask is not None and attention_mask.dim() == 2:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             text_mask = text_mask & attention_mask.bool()
         text_mask = text_mask[:, start:]
         return inputs_embeds, VisualContext(
