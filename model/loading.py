@@ -22,7 +22,7 @@ BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "crosslmm-tiny"
 QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
 # Kept in full precision under quantisation: the encoder sees every original token and everything
 # downstream hangs on it; gates and norms are no linear layers and stay whole anyway.
-UNQUANTIZED = ["vision_tower", "multi_modal_projector", "lm_head"]
+UNQUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 log = logging.getLogger(__name__)
 
