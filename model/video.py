@@ -9,18 +9,19 @@ from typing import Literal
 
 import av
 import numpy as np
+from av.video.frame import VideoFrame
 
-from model.types import InputError, Stopped, StopCheck, VideoInfo
-from model.video_decoders import (
+from model.types import InputError, StopCheck, Stopped, VideoInfo
+from model.video_container import (
     CODECS,
-    Frame,
+    HEAD_PACKETS,
+    MAX_PACKETS,
+    OpenVideo,
     Orientation,
-    PyAVSource,
+    PacketIndex,
     build_index,
-    fitted_size,
-    open_container,
-    video_stream,
 )
+from model.video_decoders import Frame, PyAVSource, fitted_size
 
 __all__ = ["Frame", "FrameReader", "VideoLimits", "decode_frames", "probe", "sample_times"]
 
@@ -32,70 +33,125 @@ def never() -> bool:
     return False
 
 
+# How files of the allowed containers begin.
+MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
+MATROSKA = b"\x1aE\xdf\xa3"
+
+
 @dataclass(frozen=True)
 class VideoLimits:
     """What is still accepted as a video."""
 
     max_duration: float = 4 * 3600.0  # seconds
     max_pixels: int = 8192 * 4320  # of one frame
-    max_packets: int = 2_000_000  # compressed frames in the video stream
+    max_packets: int = MAX_PACKETS  # compressed frames in the video stream
     max_bytes: int = 16 << 30
 
 
-def probe(path: str | Path, limits: VideoLimits = VideoLimits()) -> VideoInfo:  # noqa: B008
-    """Check that `path` is a video that can be used, and measure it by its packets.
+def probe(
+    path: str | Path, limits: VideoLimits = VideoLimits(), stop: StopCheck = never
+) -> VideoInfo:
+    """Check that the file is a video that can be used, and measure it by its packets.
 
-    Raises `InputError` with one sentence for the user when it cannot.
+    Raises `InputError` with one sentence for the user when it cannot be used.
     """
     path = Path(path)
-    name = path.name
-    if not path.is_file():
-        raise InputError(f"There is no file {name}.")
-    size = path.stat().st_size
-    if size == 0:
-        raise InputError(f"{name} is empty (0 bytes).")
-    if size > limits.max_bytes:
-        raise InputError(f"{name} is larger than {limits.max_bytes >> 20} MiB.")
+    _check_file(path, limits)
     try:
-        with open_container(path, never, CODECS) as container:
-            stream = video_stream(container)
-            if stream is None:
-                raise InputError(f"{name} has no pictures in it, only sound or other data.")
-            codec = CODECS.get(stream.codec_context.name)
-            if codec is None:
-                raise InputError(f"{name} is coded as {stream.codec_context.name}.")
-            if stream.width * stream.height > limits.max_pixels:
-                raise InputError(f"{name} has frames of {stream.width}x{stream.height} pixels.")
-            index = build_index(container, stream, never, limits.max_packets)
+        # Sizes are checked before anything is decoded.
+        with OpenVideo(path, stop, codecs=()) as video:
+            _check_stream(video, limits)
+        with OpenVideo(path, stop) as video:
+            codec = _check_stream(video, limits)
+            index = build_index(video, stop, limits.max_packets)
             if index.duration > limits.max_duration:
                 raise InputError(
-                    f"{name} lasts {index.duration / 60:.0f} minutes; at most "
-                    f"{limits.max_duration / 60:.0f} are accepted."
+                    f"The video lasts {index.duration / 60:.0f} minutes; at most "
+                    f"{limits.max_duration / 60:.0f} minutes are accepted, so cut it shorter."
                 )
-            container.seek(int(index.seeks[0]), stream=stream)
-            frame = next(iter(container.decode(stream)), None)
-            if frame is None:
-                raise InputError(f"No frame of {name} can be decoded.")
-            orientation = Orientation.of(frame)
-            width, height = fitted_size(
-                frame.width, frame.height, stream.sample_aspect_ratio, 1 << 20
-            )
-            if orientation.transpose:
-                width, height = height, width
-            return VideoInfo(
-                path=str(path),
-                container=container.format.name,
-                codec=codec,
-                width=width,
-                height=height,
-                duration=index.duration,
-                frame_rate=index.count / index.duration,
-                num_frames=index.count,
-                rotation=orientation.degrees,
-                size_bytes=size,
-            )
+            frame = _any_frame(video, index, stop)
+            container, size = video.container.format.name, video.size
+            aspect = video.stream.sample_aspect_ratio
     except (av.error.FFmpegError, OSError) as error:
-        raise InputError(f"{name} is not a video that can be read ({error}).") from error
+        raise _unreadable(path, error) from error
+    orientation = Orientation.of(frame)
+    width, height = fitted_size(frame.width, frame.height, aspect, 1 << 30)
+    return VideoInfo(
+        path=str(path),
+        container=container,
+        codec=codec,
+        width=height if orientation.transpose else width,
+        height=width if orientation.transpose else height,
+        duration=index.duration,
+        frame_rate=index.count / index.duration,
+        num_frames=index.count,
+        rotation=orientation.degrees,
+        size_bytes=size,
+    )
+
+
+def _check_file(path: Path, limits: VideoLimits) -> None:
+    if not path.is_file():
+        raise InputError("There is no such file; add the video again.")
+    size = path.stat().st_size
+    if size == 0:
+        raise InputError("The file is empty (0 bytes); add the video again.")
+    if size > limits.max_bytes:
+        raise InputError(
+            f"The file has {size / 2**20:.0f} MiB; at most {limits.max_bytes / 2**20:.0f} MiB "
+            "are accepted."
+        )
+    with path.open("rb") as file:
+        start = file.read(12)
+    if not (start[4:8] in MP4_BOXES or start.startswith(MATROSKA) or _is_avi(start)):
+        raise InputError("The file is not a video; mp4, mov, mkv, webm and avi can be read.")
+
+
+def _is_avi(start: bytes) -> bool:
+    return start.startswith(b"RIFF") and start[8:] == b"AVI "
+
+
+def _check_stream(video: OpenVideo, limits: VideoLimits) -> str:
+    stream = video.stream
+    name = stream.codec_context.name
+    if name not in CODECS:
+        raise InputError(
+            f"The video is coded as {name}; {', '.join(sorted(set(CODECS.values())))} can be read."
+        )
+    if stream.width * stream.height > limits.max_pixels:
+        raise InputError(
+            f"The video's frames have {stream.width}x{stream.height} pixels; at most "
+            f"{limits.max_pixels} pixels in all are accepted."
+        )
+    return CODECS[name]
+
+
+def _any_frame(video: OpenVideo, index: PacketIndex, stop: StopCheck) -> VideoFrame:
+    """A frame that decodes, looked for at the start, in the middle and at the end."""
+    keys = len(index.seeks)
+    for key in dict.fromkeys((0, keys // 2, keys - 1)):
+        video.container.seek(int(index.seeks[key]), stream=video.stream)
+        for number, packet in enumerate(video.container.demux(video.stream)):
+            if stop():
+                raise Stopped
+            try:
+                for frame in packet.decode():
+                    return frame
+            except av.error.FFmpegError:
+                continue
+            if number > HEAD_PACKETS:
+                break
+    raise InputError("None of the video's frames can be decoded; the file is damaged.")
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    with path.open("rb") as file:
+        is_mp4 = file.read(8)[4:] in MP4_BOXES
+    if is_mp4 and isinstance(error, av.error.InvalidDataError):
+        return InputError(
+            "The file is cut off: its table of contents is missing; add the whole file again."
+        )
+    return InputError(f"The file cannot be read as a video ({type(error).__name__}).")
 
 
 def sample_times(duration: float, *, max_frames: int, frame_rate: float = 1.0) -> np.ndarray:

@@ -1,35 +1,35 @@
-"""Reading a video file: open it safely, find its keyframes, decode the frames that are wanted."""
+"""Decode the frames that stand for a list of desired times, as cheaply as the file allows."""
 
 from __future__ import annotations
 
-import io
+import itertools
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import queue
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
-from av.container import InputContainer
-from av.sidedata.sidedata import Type as SideDataType
+from av.packet import Packet
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
+from av.video.reformatter import Colorspace, VideoReformatter
 
-from model.types import InputError, StopCheck
+from model.types import StopCheck, Stopped
+from model.video_container import OpenVideo, Orientation, PacketIndex, build_index
 
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
-CODECS = {
-    "h264": "h264",
-    "hevc": "hevc",
-    "vp8": "vp8",
-    "vp9": "vp9",
-    "av1": "av1",
-    "libdav1d": "av1",
-    "mpeg4": "mpeg4",
-}
-READ_SIZE = 1 << 18  # bytes between two looks at `stop`
-NONREF_HALF_STEP = 4  # frames; windows this wide nearly always hold a reference frame
+MAX_WORKERS = 8
+QUEUED_FRAMES = 32  # scaled pictures waiting per worker
+PICTURE_MEMORY = 1 << 30  # bytes of decoded pictures that all workers may keep for reference
+WIDE_WINDOW = 4  # frames each way; a window this wide nearly always holds a reference frame
+UNSPECIFIED = 2  # a colour space that the file does not name
+SEGMENT_END = object()
+# A run's last frame is taken early in its window where that saves this much of decoding.
+EARLY_SECONDS = 1.0
+EARLY_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -41,281 +41,305 @@ class Frame:
     image: np.ndarray  # (height, width, 3) uint8 RGB, upright
 
 
-class LocalFile(io.RawIOBase):
-    """A local file for FFmpeg that stops being readable when `stop` turns true.
+def windows(times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """How early and how late the frame for each time may be: half way to its neighbours.
 
-    FFmpeg never sees a file name, so nothing inside the file can be resolved against one.
+    Windows do not overlap, so no frame can stand for two times.
     """
-
-    def __init__(self, path: str | Path, stop: StopCheck) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed by close()
-        self._stop = stop
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always."""
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes; nothing once stopped."""
-        return b"" if self._stop() else self._file.read(size)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move; as `io.RawIOBase.seek`."""
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        """Position in bytes."""
-        return self._file.tell()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()
-
-
-def _refuse(url: str, *_: object) -> None:
-    raise PermissionError(f"The video asks for another file ({url[:80]}); that is never opened.")
-
-
-def open_container(path: str | Path, stop: StopCheck, codecs: Iterable[str]) -> InputContainer:
-    """Open a local video: allowed containers only, one file only, decoders of `codecs` only."""
-    return av.open(
-        LocalFile(path, stop),
-        "r",
-        buffer_size=READ_SIZE,
-        io_open=_refuse,
-        container_options={
-            "format_whitelist": FORMATS,
-            "protocol_whitelist": "file",
-            "codec_whitelist": ",".join(codecs) or "none",
-        },
-    )
-
-
-def video_stream(container: InputContainer) -> VideoStream | None:
-    """The first stream of moving pictures (cover art is none)."""
-    for stream in container.streams.video:
-        if not stream.disposition & stream.disposition.__class__.attached_pic:
-            return stream
-    return None
-
-
-@dataclass(frozen=True)
-class Orientation:
-    """What stands a stored picture upright: transpose first, then flips; from a display matrix."""
-
-    transpose: bool = False
-    flip_x: bool = False
-    flip_y: bool = False
-
-    @classmethod
-    def of(cls, frame: VideoFrame) -> Orientation:
-        """Read the frame's display matrix, to the nearest quarter turn."""
-        data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
-        if data is None:
-            return cls()
-        a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].astype(float)
-        if abs(b) > abs(a):  # x' = c y, y' = b x
-            return cls(True, c < 0, b < 0)
-        return cls(False, a < 0, d < 0)
-
-    @property
-    def degrees(self) -> int:
-        """Degrees clockwise, mirroring aside."""
-        if self.transpose:
-            return 90 if self.flip_x else 270
-        return 180 if self.flip_y else 0
-
-    def apply(self, image: np.ndarray) -> np.ndarray:
-        """Turn (height, width, 3) upright."""
-        if self.transpose:
-            image = image.swapaxes(0, 1)
-        if self.flip_x:
-            image = image[:, ::-1]
-        if self.flip_y:
-            image = image[::-1]
-        return np.ascontiguousarray(image)
-
-
-@dataclass(frozen=True)
-class PacketIndex:
-    """Where the keyframes are, in units of `time_base`."""
-
-    time_base: Fraction
-    first: int  # presentation time of the first frame
-    end: int  # presentation time at which the last frame ends
-    count: int  # frames
-    keys: np.ndarray  # (keyframes,) presentation times; a few frames off when from an mp4 index
-    seeks: np.ndarray  # (keyframes,) what to ask the container for
-
-    @property
-    def duration(self) -> float:
-        """Seconds."""
-        return float((self.end - self.first) * self.time_base)
-
-
-def build_index(
-    container: InputContainer, stream: VideoStream, stop: StopCheck, max_packets: int
-) -> PacketIndex:
-    """Take the container's own table of frames where it has one, else read all packets.
-
-    Reading packets (0.3 s for an hour of 180 MB in the page cache) is far cheaper than decoding.
-    """
-    del stop
-    times, durations, keys, seeks = [], [], [], []
-    for packet in container.demux(stream):
-        if packet.dts is None and packet.pts is None:
-            continue
-        time = packet.pts if packet.pts is not None else packet.dts
-        if packet.is_keyframe:
-            keys.append(time)
-            seeks.append(packet.dts if packet.dts is not None else time)
-        if not packet.is_discard:
-            times.append(time)
-            durations.append(packet.duration or 0)
-        if len(times) > max_packets:
-            raise InputError(f"The video has more than {max_packets} frames; cut it shorter.")
-    if not times:
-        raise InputError("The video has no frames.")
-    order = np.argsort(times)
-    first, last = times[order[0]], times[order[-1]]
-    typical = (last - first) // max(1, len(times) - 1)
-    end = last + (durations[order[-1]] or typical or 1)
-    return PacketIndex(
-        stream.time_base,
-        first,
-        end,
-        len(times),
-        np.array(keys or [first], np.int64),
-        np.array(seeks or [first], np.int64),
-    )
+    times = np.asarray(times, float)
+    steps = np.diff(times) if len(times) > 1 else np.ones(1)
+    low = times - np.concatenate([steps[:1], steps])[: len(times)] / 2
+    high = times + np.concatenate([steps, steps[-1:]])[-len(times) :] / 2
+    return low, high
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Wanted frames that are reached from one keyframe."""
+    """Desired times that are served by decoding from one keyframe on."""
 
     key: int  # which keyframe
     targets: tuple[int, ...]  # which desired times
-    key_only: bool  # the keyframe itself is near enough to the only desired time
-
-
-def windows(times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """How early and how late a frame may be for each desired time: half way to its neighbours."""
-    times = np.asarray(times, float)
-    middle = (times[1:] + times[:-1]) / 2
-    step = times[1] - times[0] if len(times) > 1 else 1.0
-    tail = times[-1] - times[-2] if len(times) > 1 else 1.0
-    low = np.concatenate([[times[0] - step / 2], middle])
-    high = np.concatenate([middle, [times[-1] + tail / 2]])
-    return low, high
+    key_only: bool  # the keyframe itself serves the only one
 
 
 def plan(times: Sequence[float], keys: np.ndarray) -> list[Segment]:
-    """Choose for each desired time the keyframe that gives it most cheaply.
+    """Serve each desired time from the keyframe that makes it cheapest.
 
-    A keyframe within the window is taken itself. Other frames are decoded forward from the last
-    keyframe before them, all that share one keyframe in a single pass.
+    A keyframe inside a window serves it alone. Other times are reached by decoding forward from
+    the last keyframe before them, in one pass for all that share it. Where every stretch between
+    keyframes is wanted this is reading the whole file; where keyframes are denser than the
+    desired times nothing but keyframes is decoded; between the two it is seeking.
     """
     low, high = windows(times)
+    after = np.searchsorted(keys, times, "right")
     segments: list[Segment] = []
     for i, time in enumerate(times):
-        near = int(np.argmin(np.abs(keys - time)))
-        inside = low[i] <= keys[near] < high[i]
-        key = near if inside else max(0, int(np.searchsorted(keys, time, "right")) - 1)
+        near = min(
+            (int(k) for k in (after[i] - 1, after[i]) if 0 <= k < len(keys)),
+            key=lambda k: abs(keys[k] - time),
+        )
+        inside = bool(low[i] <= keys[near] < high[i])
+        key = near if inside else max(0, int(after[i]) - 1)
         if segments and segments[-1].key == key:
-            last = segments[-1]
-            segments[-1] = Segment(key, (*last.targets, i), False)
+            segments[-1] = Segment(key, (*segments[-1].targets, i), False)
         else:
             segments.append(Segment(key, (i,), inside))
     return segments
 
 
 def fitted_size(width: int, height: int, aspect: Fraction | None, max_side: int) -> tuple[int, int]:
-    """Width and height on display (square pixels), the longer side at most `max_side`."""
+    """Width and height in square pixels, the longer side at most `max_side`."""
     shown = width * float(aspect or 1)
     scale = min(1.0, max_side / max(shown, height))
     return max(1, round(shown * scale)), max(1, round(height * scale))
 
 
-def to_rgb(frame: VideoFrame, aspect: Fraction | None, max_side: int) -> np.ndarray:
-    """(height, width, 3) uint8, as stored (not yet upright)."""
-    width, height = fitted_size(frame.width, frame.height, aspect, max_side)
-    return frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+def available_cores() -> int:
+    """CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class PyAVSource:
-    """Frames of one file by way of PyAV, as `decode_frames` describes them."""
+    """Iterates over the frames of one file for increasing `times`, by way of PyAV.
+
+    Segments are decoded side by side, each worker with a file handle and a decoder of its own:
+    on two cores that took 2.2 s where FFmpeg's frame threads took 3.3 s and one thread 3.6 s
+    (five minutes of 720p H.264, a keyframe every 10 s).
+    """
 
     def __init__(
         self, path: str | Path, times: Sequence[float], max_side: int, stop: StopCheck
     ) -> None:
-        self.path, self.times, self.max_side, self.stop = path, list(times), max_side, stop
-        self.failed = 0
+        self.path, self.max_side, self.stop = path, max_side, stop
+        self.times = [float(time) for time in times]
+        self.low, self.high = windows(self.times)
+        self.failed = 0  # desired times whose frames did not decode
+        self.strategy = ""
 
     def __iter__(self) -> Iterator[Frame]:
-        with open_container(self.path, self.stop, CODECS) as container:
-            stream = video_stream(container)
-            if stream is None:
-                raise InputError("The file has no video stream.")
-            index = build_index(container, stream, self.stop, 1 << 22)
-            keys = (index.keys - index.first) * float(index.time_base)
-            low, high = windows(self.times)
-            orientation = None
-            used = None
-            stream.thread_type = "AUTO"
-            for segment in plan(self.times, keys):
-                container.seek(int(index.seeks[segment.key]), stream=stream)
-                for i, frame in self._segment(container, stream, index, segment, low, high):
-                    if frame is None:
-                        self.failed += 1
-                        continue
-                    if frame.pts == used:
-                        continue
-                    used = frame.pts
-                    orientation = orientation or Orientation.of(frame)
-                    image = to_rgb(frame, stream.sample_aspect_ratio, self.max_side)
-                    time = float((frame.pts - index.first) * index.time_base)
-                    yield Frame(i, time, orientation.apply(image))
+        with OpenVideo(self.path, self.stop) as video:
+            index = build_index(video, self.stop)
+            stream = video.stream
+            picture = max(1, stream.width * stream.height * 3)
+        keys = (index.keys - index.first) * float(index.time_base)
+        segments = plan(self.times, keys)
+        fit = max(1, PICTURE_MEMORY // (20 * picture))  # about 20 pictures live in each decoder
+        cores = available_cores()
+        workers = min(cores, MAX_WORKERS, fit, len(segments))
+        threads = max(1, min(cores, fit) // max(1, workers))
+        alone = sum(segment.key_only for segment in segments)
+        self.strategy = f"{alone} keyframes, {len(segments) - alone} runs, {workers} workers"
+        shown = -1.0
+        for frame in self._in_parallel(index, segments, workers, threads):
+            if frame is None:
+                self.failed += 1
+            elif frame.time > shown:  # else the picture still on screen was given already
+                shown = frame.time
+                yield frame
 
-    def _segment(
-        self,
-        container: InputContainer,
-        stream: VideoStream,
-        index: PacketIndex,
-        segment: Segment,
-        low: np.ndarray,
-        high: np.ndarray,
-    ) -> Iterator[tuple[int, VideoFrame | None]]:
-        waiting = list(segment.targets)
-        last: VideoFrame | None = None
-        last_time = 0.0
-        for frame in self._decode(container, stream, segment.key_only):
-            time = float((frame.pts - index.first) * index.time_base)
-            while waiting and time >= self.times[waiting[0]]:
-                wanted = self.times[waiting[0]]
-                take_last = last is not None and wanted - last_time < time - wanted
-                yield waiting.pop(0), last if take_last else frame
-            last, last_time = frame, time
-            if not waiting:
-                return
-        while waiting:
-            yield waiting.pop(0), last
+    def _in_parallel(
+        self, index: PacketIndex, segments: list[Segment], workers: int, threads: int
+    ) -> Iterator[Frame | None]:
+        """Results of all segments in order; segment n is done by worker n modulo `workers`."""
+        end = threading.Event()
+        queues = [queue.Queue(QUEUED_FRAMES) for _ in range(workers)]
 
-    def _decode(
-        self, container: InputContainer, stream: VideoStream, key_only: bool
-    ) -> Iterator[VideoFrame]:
-        for packet in container.demux(stream):
-            if self.stop():
-                return
+        def stopped() -> bool:
+            return end.is_set() or self.stop()
+
+        def put(target: queue.Queue, item: object) -> None:
+            while not stopped():
+                try:
+                    return target.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def work(worker: int) -> None:
             try:
-                yield from packet.decode()
-                if key_only:
-                    yield from stream.codec_context.decode(None)
-                    return
-            except av.error.InvalidDataError:
+                with _SegmentDecoder(self, index, stopped, threads) as decoder:
+                    for segment in segments[worker::workers]:
+                        for item in decoder.decode(segment):
+                            put(queues[worker], item)
+                        put(queues[worker], SEGMENT_END)
+            except Exception as error:  # handed to the thread that reads the queue
+                put(queues[worker], error)
+
+        pool = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(workers)]
+        for thread in pool:
+            thread.start()
+        try:
+            for number in range(len(segments)):
+                while (item := self._take(queues[number % workers])) is not SEGMENT_END:
+                    yield item
+        finally:
+            end.set()
+            for thread in pool:
+                thread.join()
+
+    def _take(self, source: queue.Queue) -> Frame | object | None:
+        while not self.stop():
+            try:
+                item = source.get(timeout=0.1)
+            except queue.Empty:
                 continue
+            if isinstance(item, Exception):
+                raise item
+            return item
+        raise Stopped
+
+
+class _SegmentDecoder:
+    """One open file and decoder; serves segment after segment."""
+
+    def __init__(
+        self, source: PyAVSource, index: PacketIndex, stop: StopCheck, threads: int
+    ) -> None:
+        self._source, self._index, self._stop = source, index, stop
+        self._video = OpenVideo(source.path, stop)
+        self._stream = self._video.stream
+        self._stream.thread_type = "AUTO" if threads > 1 else "NONE"
+        self._stream.thread_count = threads
+        self._scaler = VideoReformatter()
+        self._orientation: Orientation | None = None
+        self._errors = 0
+        self._skip = "try"  # frames no other refers to: "never" skip them, or "trust" the rest
+
+    def __enter__(self) -> _SegmentDecoder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._video.__exit__(*exception)
+
+    def decode(self, segment: Segment) -> Iterator[Frame | None]:
+        """The frames for a segment's times; None for a time whose frames do not decode.
+
+        The cheap way comes first; what it leaves open is tried again with every frame decoded.
+        """
+        self._errors = 0
+        targets = list(segment.targets)
+        if segment.key_only:
+            yield from self._serve(targets, segment.key, "NONKEY", last_resort=False)
+        if targets and self._skip != "never" and self._wide(targets):
+            trust = self._skip == "trust"
+            yield from self._serve(targets, segment.key, "NONREF", last_resort=trust)
+            self._errors = 0
+        if targets:
+            found = yield from self._serve(targets, segment.key, "DEFAULT", last_resort=True)
+            self._skip = "never" if found else "trust"
+
+    def _wide(self, targets: list[int]) -> bool:
+        widths = self._source.high[targets] - self._source.low[targets]
+        return bool(widths.min() >= 2 * WIDE_WINDOW * self._index.duration / self._index.count)
+
+    def _serve(
+        self, targets: list[int], key: int, skip: str, last_resort: bool
+    ) -> Generator[Frame | None, None, int]:
+        """Decode from a keyframe; take targets off the list as they are served.
+
+        A window without a frame ends the run, unless this is the last resort: then the picture on
+        screen at that time stands in, or None if there were errors. Returns how many windows had
+        a frame.
+        """
+        source, found = self._source, 0
+        start = self._index.seconds(int(self._index.keys[key]))
+        last, last_time, given = None, -math.inf, -math.inf
+        self._stream.codec_context.skip_frame = skip
+        for frame in itertools.chain(self._frames(key, skip == "NONKEY"), [None]):
+            time = math.inf if frame is None else self._index.seconds(frame.pts)
+            if time <= last_time:
+                continue
+            while targets:
+                i, want = targets[0], source.times[targets[0]]
+                low, high = source.low[i], source.high[i]
+                saved = want - low if len(targets) == 1 else 0.0
+                early = saved >= max(EARLY_SECONDS, EARLY_SHARE * (want - start))
+                if time < (low if early else want):
+                    break
+                near = [(abs(t - want), t, f) for t, f in ((last_time, last), (time, frame))]
+                _, best_time, best = min(near, key=lambda item: item[0])
+                if low <= best_time < high and best is not None:
+                    found += 1
+                elif not last_resort:
+                    return found
+                else:
+                    best_time, best = last_time, None if self._errors else last
+                targets.pop(0)
+                if best is None:
+                    yield None
+                elif best_time > given:
+                    given = best_time
+                    yield self._picture(i, best_time, best)
+            if not targets:
+                return found
+            last, last_time = frame, time
+        return found
+
+    def _picture(self, i: int, time: float, frame: VideoFrame) -> Frame:
+        if self._orientation is None:
+            self._orientation = Orientation.of(frame)
+        image = to_rgb(self._scaler, frame, self._stream.sample_aspect_ratio, self._source.max_side)
+        return Frame(i, time, self._orientation.apply(image))
+
+    def _frames(self, key: int, single: bool) -> Iterator[VideoFrame]:
+        """Decoded frames from a keyframe on, or of its packet only."""
+        context = self._stream.codec_context
+        for packet in self._packets(key):
+            try:
+                frames = packet.decode()
+                if single:
+                    frames += context.decode(None)
+            except av.error.FFmpegError:
+                self._errors += 1
+                continue
+            for frame in frames:
+                if frame.is_corrupt or frame.pts is None:
+                    self._errors += 1
+                else:
+                    yield frame
+            if single:
+                return
+
+    def _packets(self, key: int) -> Iterator[Packet]:
+        """Packets from a keyframe on; what a coarse seek gives before it is passed over."""
+        index, wanted = self._index, int(self._index.keys[key])
+        for goal in (index.seeks[key], index.seeks[0]):
+            started = False
+            try:
+                self._video.container.seek(int(goal), stream=self._stream)
+                for packet in self._video.container.demux(self._stream):
+                    if self._stop():
+                        return
+                    if not started:
+                        time = packet.dts if packet.pts is None else packet.pts
+                        early = time is None or time < wanted - index.slack
+                        if early or not packet.is_keyframe:
+                            continue
+                        if time > wanted + index.slack and goal != index.seeks[0]:
+                            break  # the seek went too far: read on from the start instead
+                        started = True
+                    yield packet
+            except av.error.FFmpegError:
+                self._errors += 1
+            if started:
+                return
+
+
+def to_rgb(
+    scaler: VideoReformatter, frame: VideoFrame, aspect: Fraction | None, max_side: int
+) -> np.ndarray:
+    """(height, width, 3) uint8 as stored, not yet upright; 1.6 ms from 1280x720 to 640x360."""
+    width, height = fitted_size(frame.width, frame.height, aspect, max_side)
+    # Files that do not say so mean BT.709 when they are high definition, as players assume.
+    untold = frame.colorspace == UNSPECIFIED and max(frame.width, frame.height) >= 1280
+    scaled = scaler.reformat(
+        frame,
+        width,
+        height,
+        "rgb24",
+        src_colorspace=Colorspace.ITU709 if untold else None,
+        interpolation="BICUBIC",
+        threads=1,
+    )
+    return scaled.to_ndarray()
