@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import av
 import numpy as np
-from av.video.frame import VideoFrame
 
 from model.types import InputError, StopCheck, Stopped, VideoInfo
 from model.video_container import (
     CODECS,
-    HEAD_PACKETS,
     MAX_PACKETS,
     OpenVideo,
     Orientation,
-    PacketIndex,
+    any_frame,
     build_index,
 )
 from model.video_decoders import Frame, PyAVSource, fitted_size
+from model.video_decord import DecordSource
 
 __all__ = ["Frame", "FrameReader", "VideoLimits", "decode_frames", "probe", "sample_times"]
 
@@ -69,7 +68,7 @@ def probe(
                     f"The video lasts {index.duration / 60:.0f} minutes; at most "
                     f"{limits.max_duration / 60:.0f} minutes are accepted, so cut it shorter."
                 )
-            frame = _any_frame(video, index, stop)
+            frame = any_frame(video, index, stop)
             container, size = video.container.format.name, video.size
             aspect = video.stream.sample_aspect_ratio
     except (av.error.FFmpegError, OSError) as error:
@@ -126,24 +125,6 @@ def _check_stream(video: OpenVideo, limits: VideoLimits) -> str:
     return CODECS[name]
 
 
-def _any_frame(video: OpenVideo, index: PacketIndex, stop: StopCheck) -> VideoFrame:
-    """A frame that decodes, looked for at the start, in the middle and at the end."""
-    keys = len(index.seeks)
-    for key in dict.fromkeys((0, keys // 2, keys - 1)):
-        video.container.seek(int(index.seeks[key]), stream=video.stream)
-        for number, packet in enumerate(video.container.demux(video.stream)):
-            if stop():
-                raise Stopped
-            try:
-                for frame in packet.decode():
-                    return frame
-            except av.error.FFmpegError:
-                continue
-            if number > HEAD_PACKETS:
-                break
-    raise InputError("None of the video's frames can be decoded; the file is damaged.")
-
-
 def _unreadable(path: Path, error: Exception) -> InputError:
     with path.open("rb") as file:
         is_mp4 = file.read(8)[4:] in MP4_BOXES
@@ -171,39 +152,55 @@ def sample_times(duration: float, *, max_frames: int, frame_rate: float = 1.0) -
 
 
 class FrameReader(Iterator[Frame]):
-    """Iterates over the decoded frames in order of time."""
+    """Iterates over decoded frames in order of time.
 
-    def __init__(self, source: PyAVSource, stop: Callable[[], bool]) -> None:
-        self._source, self._stop = source, stop
+    Close it (or use it in a `with` statement) when leaving early; its threads end then.
+    """
+
+    def __init__(self, source: PyAVSource | DecordSource) -> None:
+        self._source = source
         self._frames = iter(source)
         self._count = 0
 
     @property
     def failed(self) -> int:
-        """How many desired times have no picture because theirs did not decode."""
+        """How many desired times have had no picture so far because theirs did not decode."""
         return self._source.failed
+
+    @property
+    def strategy(self) -> str:
+        """How the file is read, for people; known once the first frame is there."""
+        return self._source.strategy
 
     def __next__(self) -> Frame:
         try:
-            if self._stop():
+            if self._source.stop():
                 raise Stopped
             frame = next(self._frames)
-            self._count += 1
-            return frame
         except StopIteration:
-            if self._stop():
+            if self._source.stop():
                 raise Stopped from None
             if self._count == 0:
-                raise InputError("No frame of the video could be decoded.") from None
+                raise InputError(
+                    "None of the video's frames can be decoded; the file is damaged."
+                ) from None
             raise
-        except av.error.FFmpegError as error:
-            if self._stop():
+        except (av.error.FFmpegError, OSError) as error:
+            if self._source.stop():
                 raise Stopped from None
-            raise InputError(f"The video could not be decoded ({error}).") from error
+            raise _unreadable(Path(self._source.path), error) from error
+        self._count += 1
+        return frame
 
     def close(self) -> None:
-        """Close the file; no more frames come."""
+        """Close the file and end the threads; no more frames come."""
         self._frames.close()
+
+    def __enter__(self) -> FrameReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def decode_frames(
@@ -215,11 +212,27 @@ def decode_frames(
     decoder: Decoder = "auto",
     info: VideoInfo | None = None,
 ) -> FrameReader:
-    """Decode one frame for each of `times` (seconds from the first frame, increasing).
+    """Decode one frame for each of `times`: seconds from the first frame, increasing.
 
-    Frames come upright, square pixels, longer side at most `max_side`. A frame may be up to half
-    a sampling step from its desired time; its own time is reported. Raises `Stopped` soon after
-    `stop()` turns true, `InputError` when nothing decodes.
+    Frames come in order, upright, with square pixels, the longer side at most `max_side`. Each
+    tells its own true time, which is at most half a sampling step from the desired one. Where no
+    frame is that near, the one on screen at that time stands in; no frame comes twice, so there
+    can be fewer frames than times. `info` is what `probe` said; without it the file is probed.
+
+    Raises `Stopped` within a second of `stop()` turning true, and `InputError` when the file
+    cannot be read or nothing in it decodes.
     """
-    del decoder, info
-    return FrameReader(PyAVSource(path, list(map(float, times)), max_side, stop), stop)
+    times = np.asarray(times, float)
+    if times.ndim != 1 or len(times) == 0 or np.any(times < 0) or np.any(np.diff(times) <= 0):
+        raise ValueError("Expected a list of increasing times from 0 on, in seconds.")
+    if max_side < 1:
+        raise ValueError(f"Expected max_side above 0, got {max_side}.")
+    info = info or probe(path, stop=stop)
+    try:
+        changed = Path(path).stat().st_size != info.size_bytes
+    except OSError:
+        changed = True
+    if changed:
+        raise InputError("The file has changed since it was checked; add the video again.")
+    source = DecordSource if decoder == "decord" else PyAVSource
+    return FrameReader(source(path, times, max_side, stop))

@@ -278,3 +278,21 @@ def _index_from_table(video: OpenVideo, stop: StopCheck) -> PacketIndex:
         np.array(decoded, np.int64),
         REORDER_FRAMES * head.typical,
     )
+
+
+def any_frame(video: OpenVideo, index: PacketIndex, stop: StopCheck) -> VideoFrame:
+    """A frame that decodes, looked for at the start, in the middle and at the end."""
+    keys = len(index.seeks)
+    for key in dict.fromkeys((0, keys // 2, keys - 1)):
+        video.container.seek(int(index.seeks[key]), stream=video.stream)
+        for number, packet in enumerate(video.container.demux(video.stream)):
+            if stop():
+                raise Stopped
+            try:
+                for frame in packet.decode():
+                    return frame
+            except av.error.FFmpegError:
+                continue
+            if number > HEAD_PACKETS:
+                break
+    raise InputError("None of the video's frames can be decoded; the file is damaged.")

@@ -52,7 +52,7 @@ def draw(number: int, size: tuple[int, int], pattern: Pattern = "moving") -> np.
 
 
 def read_number(image: np.ndarray) -> int:
-    """The number that `draw` wrote into an upright picture; AssertionError when it is unreadable."""
+    """The number that `draw` wrote into an upright picture; AssertionError if it is unreadable."""
     height, width = image.shape[:2]
     row = height // 8
     centres = ((np.arange(BITS) + 0.5) * width / BITS).astype(int)
