@@ -104,6 +104,7 @@ class Engine:
         self.crosslmm = loaded.crosslmm
         self.processor = loaded.processor
         self.info: ModelInfo = loaded.info
+        self.folder: Path = loaded.folder
         self.pool = MemoryPool(memory_budget)
 
     @classmethod

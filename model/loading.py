@@ -34,6 +34,7 @@ class Loaded:
     crosslmm: CrossLMMForConditionalGeneration
     processor: CrossLMMProcessor
     info: ModelInfo
+    folder: Path
 
 
 def load(
@@ -99,7 +100,7 @@ def load(
     log.info(
         "model=%s device=%s quantization=%s attention=%s", info.name, device, quantization, kernel
     )
-    return Loaded(crosslmm, processor, info)
+    return Loaded(crosslmm, processor, info, folder)
 
 
 CLOSED = (

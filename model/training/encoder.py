@@ -30,10 +30,16 @@ from model.training.world_facts import (
     SIGN_CHARACTERS,
     patch_labels,
 )
+from model.training.world_parts import Scene
+from model.training.world_render import sign_ink
 
 TRAIN_SEED = 1_000_000  # held-out evaluation uses smaller seeds
 SIGN_SHARE = 0.85  # reading is the hard part: scenes without a sign are mostly drawn again
-CLASSES = (len(NOUN_IDS) + 1, len(COLOUR_IDS) + 1) + (len(SIGN_CHARACTERS) + 1,) * LONGEST_SIGN
+# Object, sign colour, the sign's text (all of it on each of its patches), and the one character that
+# lies on the patch itself: that one is learnt first and helps to read the rest.
+CLASSES = (len(NOUN_IDS) + 1, len(COLOUR_IDS) + 1) + (len(SIGN_CHARACTERS) + 1,) * (
+    LONGEST_SIGN + 1
+)
 
 
 def encoder_config(side: int = 112) -> SiglipVisionConfig:
@@ -86,9 +92,24 @@ def render_examples(args: tuple[int, int, int, int]) -> tuple[np.ndarray, np.nda
             t = rng.uniform(scene.sign.start, scene.sign.end * 0.999)
         frames[i] = render_frame(scene, t, shape, side, rng)
         truth = patch_labels(scene, t, grid)
-        stacked = np.dstack([truth["nouns"], truth["sign_colours"], truth["sign_chars"]])
+        own = own_characters(scene, truth["sign_chars"])
+        stacked = np.dstack([truth["nouns"], truth["sign_colours"], truth["sign_chars"], own])
         labels[i] = stacked.reshape(grid * grid, -1)
     return frames, labels
+
+
+def own_characters(scene: Scene, texts: np.ndarray) -> np.ndarray:
+    """The character on each patch of a sign, (grid, grid), from its text on all (grid, grid, 5)."""
+    own = np.zeros(texts.shape[:2], np.int64)
+    covered = np.argwhere(texts[..., 0] > 0)
+    if len(covered):
+        left, _, right, _ = sign_ink(scene.sign)
+        for row, column in covered:
+            share = ((column + 0.5) / len(own) - left) / (right - left)
+            index = int(np.floor(share * len(scene.sign.text)))
+            if 0 <= index < len(scene.sign.text):
+                own[row, column] = texts[row, column, index]
+    return own
 
 
 def losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
@@ -198,7 +219,8 @@ def evaluate(net: DenseEncoder, held_out: tuple[np.ndarray, np.ndarray]) -> dict
     return {
         "object": round(accuracy[0], 4),
         "colour": round(accuracy[1], 4),
-        "characters": round(float(np.mean(accuracy[2:])), 4),
+        "text": round(float(np.mean(accuracy[2:-1])), 4),
+        "character": round(accuracy[-1], 4),
     }
 
 
