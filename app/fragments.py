@@ -15,54 +15,47 @@ NAME = "CrossLMM Chat"
 CLAIM = "Ask a long video a question, and see which moments the answer comes from."
 
 _STAGES = (("reading", "Reading"), ("encoding", "Encoding"), ("answering", "Answering"))
-_PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")  # all that Markdown can give a meaning
+# What Markdown would give a meaning: anywhere, at the start of a line, and in addresses.
+_ANYWHERE = re.compile(r"[\\`*_\[\]<>|~$&@]|:(?=//)|(?<=www)\.")
+_AT_START = re.compile(r"^(\d*)([#+=.)-])")
 _TIME = re.compile(r"(?<![\d:])(?:(\d{1,2}):)?(\d{1,2}):([0-5]\d)(?![\d:])")
 _CODEC_NAMES = {"h264": "H.264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9", "av1": "AV1"}
 
-_LOGO = (
-    '<svg class="logo" viewBox="0 0 30 30" aria-hidden="true">'
-    + "".join(
-        f'<rect x="{1 + 10 * x}" y="{1 + 10 * y}" width="8" height="8" rx="2"'
-        f"{' class=hot' if (x, y) == (1, 1) else ''}/>"
-        for y in range(3)
-        for x in range(3)
-    )
-    + "</svg>"
+_SQUARES = "".join(
+    f'<rect x="{1 + 10 * x}" y="{1 + 10 * y}" width="8" height="8" rx="2"/>'
+    for y in range(3)
+    for x in range(3)
 )
+_LOGO = f'<svg class="logo" viewBox="0 0 30 30" aria-hidden="true">{_SQUARES}</svg>'
 
 
 def header() -> str:
-    """Name, claim and the button for light and dark."""
-    return (
-        f'<header class="top">{_LOGO}<div><h1>{NAME}</h1><p>{CLAIM}</p></div>'
-        '<button type="button" class="theme" data-theme-toggle '
-        'aria-label="Switch between light and dark"></button></header>'
-    )
+    """Name and claim."""
+    return f'<header class="top">{_LOGO}<div><h1>{NAME}</h1><p>{CLAIM}</p></div></header>'
 
 
-# Filled in by page.js from /health.
+# Filled in by status.js from /health.
 STATUS = (
-    '<div class="model-status" role="status" data-state="loading"><span class="dot"></span>'
-    '<span class="state">Starting</span><span class="detail"></span></div>'
+    '<div class="corner"><div class="model-status" role="status" data-state="loading">'
+    '<span class="dot"></span><span class="state">Starting</span><span class="detail"></span>'
+    '</div><button type="button" class="theme" data-theme-toggle '
+    'aria-label="Switch between light and dark"></button></div>'
 )
 
 
-def sample_cards(samples: Sequence[Sample], urls: Sequence[str]) -> str:
-    """The samples to choose from; the player's own first frames serve as pictures."""
+def sample_cards(samples: Sequence[Sample], posters: Sequence[str]) -> str:
+    """The samples to choose from; a poster is the address of a picture, or empty."""
     cards = "".join(
         f'<button type="button" class="sample" data-sample="{number}">'
-        f'<span class="still"><video src="{esc(url)}#t={_still(sample.duration):.1f}" muted '
-        'playsinline preload="metadata" tabindex="-1" aria-hidden="true"></video>'
-        f"<time>{clock(sample.duration)}</time></span>"
+        f'<span class="still">{_picture(poster)}<time>{clock(sample.duration)}</time></span>'
         f'<span class="sample-name">{esc(sample.title)}</span></button>'
-        for number, (sample, url) in enumerate(zip(samples, urls, strict=True))
+        for number, (sample, poster) in enumerate(zip(samples, posters, strict=True))
     )
     return f'<div class="samples" role="group" aria-label="Sample videos">{cards}</div>'
 
 
-def _still(duration: float) -> float:
-    """A moment that is rarely black."""
-    return min(5.0, duration / 3)
+def _picture(poster: str) -> str:
+    return f'<img src="{esc(poster)}" alt="">' if poster else ""
 
 
 def player(video: Video | None, url: str) -> str:
@@ -126,10 +119,11 @@ def status_line(line: Line) -> str:
         f"{_fill(place, now, line.share)}>{label}</span>"
         for place, (_, label) in enumerate(_STAGES)
     )
+    css = ' class="unseen"' if now >= 0 and line.text == _STAGES[now][1] else ""
     return (
         f'<div class="line line-working" role="status" data-stage="{esc(line.stage)}">'
         f'<span class="steps" aria-hidden="true">{steps}</span>'
-        f"<span>{esc(line.text)}</span></div>"
+        f"<span{css}>{esc(line.text)}</span></div>"
     )
 
 
@@ -147,8 +141,11 @@ def _fill(place: int, now: int, share: float | None) -> str:
 
 def plain(text: str) -> str:
     """Write text as Markdown that shows it as it is, whatever it holds."""
-    lines = (_PUNCTUATION.sub(r"\\\1", line.lstrip()) for line in text.split("\n"))
-    return "\n".join(lines)  # without indents: those would make code blocks
+    lines = []
+    for line in text.split("\n"):
+        escaped = _ANYWHERE.sub(r"\\\g<0>", line.lstrip())  # an indent would make a code block
+        lines.append(_AT_START.sub(r"\1\\\2", escaped))
+    return "\n".join(lines)
 
 
 def with_time_links(text: str, duration: float) -> str:

@@ -174,6 +174,13 @@ class Handlers:
             return {self._page.line: fragments.status_line(Line("working", "Stopping", "waiting"))}
         return self._buttons(running=False)
 
+    def clear(self, request: gr.Request) -> Changes:
+        """Begin a new conversation about the same video."""
+        session = self.session(request)
+        session.stop()
+        session.turns = []
+        return {self._page.line: fragments.status_line(Line("idle")), **self._panels(None)}
+
     # The page's life.
 
     def model_ready(self, request: gr.Request) -> Changes:

@@ -17,7 +17,7 @@ from model.types import InputError, VideoInfo
 
 SAMPLES = Path(__file__).parent.parent / "assets" / "samples"
 
-# Containers that are served to the player, by the suffix of the file that we name.
+# What is served, by the suffix of a file that we named.
 MEDIA_TYPES = {
     ".mp4": "video/mp4",
     ".m4v": "video/mp4",
@@ -25,7 +25,9 @@ MEDIA_TYPES = {
     ".webm": "video/webm",
     ".mkv": "video/x-matroska",
     ".avi": "video/x-msvideo",
+    ".jpg": "image/jpeg",
 }
+_VIDEO_SUFFIXES = frozenset(MEDIA_TYPES) - {".jpg"}
 _TITLE_CHARS = 80
 
 
@@ -37,6 +39,7 @@ class Sample:
     title: str
     duration: float
     questions: tuple[str, ...]
+    poster: Path | None  # a picture of it
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,13 @@ def list_samples(folder: Path = SAMPLES) -> tuple[Sample, ...]:
 
 
 def _sample(folder: Path, entry: Mapping[str, Any]) -> Sample:
+    poster = folder / Path(entry.get("poster") or "none.jpg").name
     return Sample(
         path=folder / Path(entry["file"]).name,
         title=str(entry.get("title") or Path(entry["file"]).stem),
         duration=float(entry.get("duration", 0.0)),
         questions=tuple(str(asked["question"]) for asked in entry.get("questions", ())),
+        poster=poster if poster.is_file() else None,
     )
 
 
@@ -92,7 +97,7 @@ def take_upload(upload: Path, folder: Path, settings: Settings) -> Video:
         )
     info = probe(upload, settings)
     suffix = upload.suffix.lower()
-    kept = folder / f"{secrets.token_hex(8)}{suffix if suffix in MEDIA_TYPES else '.mp4'}"
+    kept = folder / f"{secrets.token_hex(8)}{suffix if suffix in _VIDEO_SUFFIXES else '.mp4'}"
     _link_or_copy(upload, kept)
     log("video_added", codec=info.codec, seconds=info.duration, bytes=size)
     return Video(kept, title, info, (), False)

@@ -44,8 +44,8 @@ def build(
         delete_cache=(_CACHE_LOOK_SECONDS, _CACHE_AGE_SECONDS),
     ) as demo:
         with gr.Row(elem_id="top"):
-            gr.HTML(fragments.header(), elem_id="header")
-            status = gr.HTML(
+            _html(fragments.header(), elem_id="header")
+            status = _html(
                 fragments.STATUS,
                 elem_id="status",
                 js_on_load=(STATIC / "status.js").read_text(encoding="utf-8"),
@@ -55,18 +55,18 @@ def build(
                 with gr.Row(elem_id="sources"):
                     cards = _sample_cards(sessions, samples)
                     upload = gr.File(label="Upload a video", elem_id="upload", height=96)
-                notice = gr.HTML("", elem_id="notice")
-                player = gr.HTML(fragments.player(None, ""), elem_id="player")
+                notice = _html("", elem_id="notice")
+                player = _html(fragments.player(None, ""), elem_id="player")
                 chat = _chatbot()
-                line = gr.HTML(fragments.status_line(Line("idle")), elem_id="line")
-                chips = gr.HTML(
+                line = _html(fragments.status_line(Line("idle")), elem_id="line")
+                chips = _html(
                     fragments.chips(()), elem_id="chips", js_on_load=_SEND % {"name": "question"}
                 )
                 question, ask, stop = _composer(settings)
-                note = gr.HTML("", elem_id="note")
+                note = _html("", elem_id="note")
             with gr.Column(elem_id="panels", min_width=300):
-                attention = gr.HTML(attention_panel(None, 0.0, None), elem_id="attention")
-                savings = gr.HTML(savings_panel(None), elem_id="savings")
+                attention = _html(attention_panel(None, 0.0, None), elem_id="attention")
+                savings = _html(savings_panel(None), elem_id="savings")
         page = Components(
             upload, notice, player, chat, line, chips, question, ask, stop, note, attention, savings
         )
@@ -76,10 +76,16 @@ def build(
     return demo.queue(default_concurrency_limit=None)
 
 
+def _html(value: str, **options: Any) -> gr.HTML:
+    return gr.HTML(value, apply_default_css=False, **options)
+
+
 def _sample_cards(sessions: Sessions, samples: Sequence[Sample]) -> gr.HTML:
-    urls = [media_url(sessions.publish(sample.path)) for sample in samples]
-    return gr.HTML(
-        fragments.sample_cards(samples, urls),
+    posters = [
+        media_url(sessions.publish(one.poster)) if one.poster is not None else "" for one in samples
+    ]
+    return _html(
+        fragments.sample_cards(samples, posters),
         elem_id="samples",
         visible=bool(samples),
         js_on_load=_SEND % {"name": "sample"},
@@ -141,21 +147,51 @@ def _wire(
     gr.on([page.question.submit, page.ask.click], handlers.ask, page.question, turn, **quiet)
     page.chips.click(handlers.ask_chip, None, turn, **quiet)
     page.stop.click(handlers.stop, None, [page.line, page.ask, page.stop], queue=False, **quiet)
+    page.chat.clear(handlers.clear, None, [page.line, page.attention, page.savings], **quiet)
     status.ready(handlers.model_ready, None, [page.note, page.chips], **quiet)
     demo.unload(handlers.leave)
 
 
 def theme() -> gr.themes.Base:
     """Calm greys and one colour; fonts that Gradio serves itself or the system has."""
-    text = (gr.themes.LocalFont("IBM Plex Sans", weights=(400, 600)), "system-ui", "sans-serif")
-    mono = (gr.themes.LocalFont("IBM Plex Mono", weights=(400, 600)), "ui-monospace", "monospace")
-    return gr.themes.Base(
+    # 400 and 700: Gradio's file for 600 lacks most letters.
+    text = (gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif")
+    base = gr.themes.Base(
         primary_hue=gr.themes.colors.teal,
         secondary_hue=gr.themes.colors.teal,
-        neutral_hue=gr.themes.colors.stone,
-        radius_size=gr.themes.sizes.radius_md,
+        neutral_hue=gr.themes.colors.zinc,
+        radius_size=gr.themes.sizes.radius_lg,
         font=text,
-        font_mono=mono,
+        font_mono=("ui-monospace", "monospace"),
+    )
+    # The page's own colours are in page.css; Gradio's parts take theirs from there.
+    return base.set(
+        body_background_fill="var(--ground)",
+        body_background_fill_dark="var(--ground)",
+        body_text_color="var(--ink)",
+        body_text_color_dark="var(--ink)",
+        block_background_fill="var(--card)",
+        block_background_fill_dark="var(--card)",
+        block_border_color="var(--edge)",
+        block_border_color_dark="var(--edge)",
+        block_border_width="1px",
+        block_shadow="none",
+        input_background_fill="var(--card)",
+        input_background_fill_dark="var(--card)",
+        input_border_color="var(--edge)",
+        input_border_color_dark="var(--edge)",
+        input_border_width="1px",
+        button_primary_background_fill="var(--brand-strong)",
+        button_primary_background_fill_dark="var(--brand-strong)",
+        button_primary_background_fill_hover="var(--brand-hover)",
+        button_primary_background_fill_hover_dark="var(--brand-hover)",
+        button_primary_text_color="var(--on-brand)",
+        button_primary_text_color_dark="var(--on-brand)",
+        button_cancel_background_fill="var(--card)",
+        button_cancel_background_fill_dark="var(--card)",
+        button_cancel_text_color="var(--alert)",
+        button_cancel_text_color_dark="var(--alert)",
+        layout_gap="14px",
     )
 
 

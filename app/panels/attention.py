@@ -81,9 +81,9 @@ def _heat_map(
     for layer, row in zip(attention.layers, mass, strict=True):
         cells = "".join(
             f'<rect x="{x[i]:.1f}" width="{x[i + 1] - x[i]:.2f}" height="10" '
-            f'fill-opacity="{(share / top) ** 0.6:.3f}"/>'
+            f'fill-opacity="{share / top:.3f}"/>'
             for i, share in enumerate(row)
-            if share > 0.002 * top
+            if share > 0.004 * top
         )
         peak = clock((edges[int(row.argmax())] + edges[int(row.argmax()) + 1]) / 2)
         rows.append(
@@ -92,6 +92,10 @@ def _heat_map(
             f'aria-label="Layer {layer}: most at {peak}">{cells}</svg>'
             f"{_gates(gates.get(layer))}"
         )
+    placed = "".join(
+        f'<div class="heat-row" style="--row:{place}">{row}</div>'
+        for place, row in enumerate(rows, start=2)
+    )
     legend = (
         '<div class="legend"><span>share of a layer\'s attention</span>'
         f'<span class="ramp"></span><span>up to {percent(top)}</span></div>'
@@ -100,10 +104,10 @@ def _heat_map(
         '<div class="heat-map">'
         '<span class="column-name"></span><span class="column-name">text to video</span>'
         '<span class="column-name gate-name">gates</span>'
-        f"{''.join(rows)}"
-        f'<div class="plot" data-duration="{duration:.3f}">'
+        f"{placed}"
+        f'<div class="plot" data-duration="{duration:.3f}" style="--rows:{len(rows)}">'
         '<span class="playhead"></span><span class="pointer"></span></div>'
-        f'<div class="axis-cell">{axis(duration)}</div></div>{legend}'
+        f'<div class="axis-cell" style="--row:{len(rows) + 2}">{axis(duration)}</div></div>{legend}'
     )
 
 
@@ -124,14 +128,18 @@ def _gates(pair: tuple[float, float] | None) -> str:
     if pair is None:
         return '<span class="gates"></span>'
     bars = "".join(
-        f'<span class="gate {css}" title="{told}: gate {value:+.2f}"><i>{name}</i>'
-        f'<b style="--open:{min(1.0, abs(value)):.3f}"></b><em>{value:+.2f}</em></span>'
+        f'<span class="gate {css}" title="{told}: gate {_signed(value)}"><i>{name}</i>'
+        f'<b style="--open:{min(1.0, abs(value)):.3f}"></b><em>{_signed(value)}</em></span>'
         for name, css, told, value in (
             ("V2V", "v2v", "video to video", pair[0]),
             ("T2V", "t2v", "text to video", pair[1]),
         )
     )
     return f'<span class="gates">{bars}</span>'
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
 
 
 def _strongest(frames: tuple[FrameView, ...]) -> str:

@@ -68,4 +68,8 @@ def seek_button(seconds: float, label: str, css: str = "seek") -> str:
 
 def empty_panel(title: str, text: str) -> str:
     """A panel that has nothing to show yet."""
-    return f'<section class="panel panel-empty"><h2>{esc(title)}</h2><p>{esc(text)}</p></section>'
+    ghost = '<div class="ghost" aria-hidden="true"><span></span><span></span><span></span></div>'
+    return (
+        f'<section class="panel panel-empty"><h2>{esc(title)}</h2><p>{esc(text)}</p>'
+        f"{ghost}</section>"
+    )

@@ -24,13 +24,13 @@ def savings_panel(answer: Answer | None) -> str:
         f"<h2>{TITLE}</h2>",
         f'<p class="headline"><strong>{percent(saved.reduction)}</strong> '
         '<span class="muted">fewer visual tokens in the language model</span></p>',
-        f'<h3>Per turn {_mark("computed")}</h3><div class="ledger">',
+        f'<h3>This turn {_mark("computed")}</h3><div class="ledger">',
         _pair("Visual tokens", saved.original_tokens, saved.pooled_tokens, ""),
         _pair("Operations", saved.operations_unpooled, saved.operations, ""),
         _pair("Key/value memory", saved.kv_bytes_unpooled, saved.kv_bytes, "B"),
         "</div>",
-        '<p class="key"><span class="swatch before"></span>every token in the language model'
-        '<span class="swatch after"></span>pooled, as here</p>',
+        '<p class="key"><span><i class="swatch before"></i>every token in the language model</span>'
+        '<span><i class="swatch after"></i>pooled, as here</span></p>',
         f"<h3>Time {_mark('measured')}</h3>",
         _timings(answer.timings, answer.memory_reused),
         _facts(answer),
