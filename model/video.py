@@ -128,11 +128,11 @@ def _check_stream(video: OpenVideo, limits: VideoLimits) -> str:
 def _unreadable(path: Path, error: Exception) -> InputError:
     with path.open("rb") as file:
         is_mp4 = file.read(8)[4:] in MP4_BOXES
-    if is_mp4 and isinstance(error, av.error.InvalidDataError):
+    if is_mp4 and isinstance(error, (av.error.InvalidDataError, av.error.EOFError)):
         return InputError(
             "The file is cut off: its table of contents is missing; add the whole file again."
         )
-    return InputError(f"The file cannot be read as a video ({type(error).__name__}).")
+    return InputError("The file is cut off or damaged; add the whole file again.")
 
 
 def sample_times(duration: float, *, max_frames: int, frame_rate: float = 1.0) -> np.ndarray:
@@ -140,7 +140,7 @@ def sample_times(duration: float, *, max_frames: int, frame_rate: float = 1.0) -
 
     When that would be more than `max_frames`, `max_frames` times spread evenly over the video.
     """
-    if duration <= 0 or max_frames < 1 or frame_rate <= 0:
+    if not (0 < duration < float("inf") and max_frames >= 1 and frame_rate > 0):
         raise ValueError(
             "Expected duration, max_frames and frame_rate above 0, got "
             f"{duration}, {max_frames} and {frame_rate}."
@@ -215,15 +215,16 @@ def decode_frames(
     """Decode one frame for each of `times`: seconds from the first frame, increasing.
 
     Frames come in order, upright, with square pixels, the longer side at most `max_side`. Each
-    tells its own true time, which is at most half a sampling step from the desired one. Where no
-    frame is that near, the one on screen at that time stands in; no frame comes twice, so there
-    can be fewer frames than times. `info` is what `probe` said; without it the file is probed.
+    tells its own true time, which is at most half a sampling step from the desired one (a single
+    time counts as a step of a second). Where no frame is that near, the one on screen at that
+    time stands in; no frame comes twice, so there can be fewer frames than times. `info` is what
+    `probe` said; without it the file is probed first.
 
     Raises `Stopped` within a second of `stop()` turning true, and `InputError` when the file
     cannot be read or nothing in it decodes.
     """
     times = np.asarray(times, float)
-    if times.ndim != 1 or len(times) == 0 or np.any(times < 0) or np.any(np.diff(times) <= 0):
+    if times.ndim != 1 or not len(times) or not times[0] >= 0 or not np.all(np.diff(times) > 0):
         raise ValueError("Expected a list of increasing times from 0 on, in seconds.")
     if max_side < 1:
         raise ValueError(f"Expected max_side above 0, got {max_side}.")

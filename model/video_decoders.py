@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -203,8 +204,8 @@ class _SegmentDecoder:
         self._stream.thread_count = threads
         self._scaler = VideoReformatter()
         self._orientation: Orientation | None = None
-        self._errors = 0
-        self._skip = "try"  # frames no other refers to: "never" skip them, or "trust" the rest
+        self._fed: list[float] = []  # heap of presentation times given to the decoder in this run
+        self._may_skip = True  # frames that no other frame refers to
 
     def __enter__(self) -> _SegmentDecoder:
         return self
@@ -217,36 +218,31 @@ class _SegmentDecoder:
 
         The cheap way comes first; what it leaves open is tried again with every frame decoded.
         """
-        self._errors = 0
         targets = list(segment.targets)
         if segment.key_only:
-            yield from self._serve(targets, segment.key, "NONKEY", last_resort=False)
-        if targets and self._skip != "never" and self._wide(targets):
-            trust = self._skip == "trust"
-            yield from self._serve(targets, segment.key, "NONREF", last_resort=trust)
-            self._errors = 0
+            yield from self._serve(targets, segment.key, "NONKEY")
+        if targets and self._may_skip and self._wide(targets):
+            yield from self._serve(targets, segment.key, "NONREF")
+            self._may_skip = not targets
         if targets:
-            found = yield from self._serve(targets, segment.key, "DEFAULT", last_resort=True)
-            self._skip = "never" if found else "trust"
+            yield from self._serve(targets, segment.key, "DEFAULT")
 
     def _wide(self, targets: list[int]) -> bool:
         widths = self._source.high[targets] - self._source.low[targets]
         return bool(widths.min() >= 2 * WIDE_WINDOW * self._index.duration / self._index.count)
 
-    def _serve(
-        self, targets: list[int], key: int, skip: str, last_resort: bool
-    ) -> Generator[Frame | None, None, int]:
-        """Decode from a keyframe; take targets off the list as they are served.
+    def _serve(self, targets: list[int], key: int, skip: str) -> Iterator[Frame | None]:
+        """Decode from a keyframe, all but the frames to `skip`; take served targets off the list.
 
-        A window without a frame ends the run, unless this is the last resort: then the picture on
-        screen at that time stands in, or None if there were errors. Returns how many windows had
-        a frame.
+        A run that skips frames ends at a window where it finds none. One that does not gives None
+        there; unless the file has no frame for that window, then the one before it is on screen.
         """
-        source, found = self._source, 0
+        source = self._source
         start = self._index.seconds(int(self._index.keys[key]))
         last, last_time, given = None, -math.inf, -math.inf
         self._stream.codec_context.skip_frame = skip
-        for frame in itertools.chain(self._frames(key, skip == "NONKEY"), [None]):
+        frames = self._frames(key, float(source.high[targets[0]]), skip == "NONKEY")
+        for frame in itertools.chain(frames, [None]):
             time = math.inf if frame is None else self._index.seconds(frame.pts)
             if time <= last_time:
                 continue
@@ -259,12 +255,13 @@ class _SegmentDecoder:
                     break
                 near = [(abs(t - want), t, f) for t, f in ((last_time, last), (time, frame))]
                 _, best_time, best = min(near, key=lambda item: item[0])
-                if low <= best_time < high and best is not None:
-                    found += 1
-                elif not last_resort:
-                    return found
-                else:
-                    best_time, best = last_time, None if self._errors else last
+                if not low <= best_time < high:
+                    while self._fed and self._fed[0] < low:
+                        heapq.heappop(self._fed)
+                    lost = bool(self._fed) and self._fed[0] < high
+                    if skip == "NONKEY" or (skip == "NONREF" and lost):
+                        return
+                    best_time, best = last_time, None if lost else last
                 targets.pop(0)
                 if best is None:
                     yield None
@@ -272,9 +269,8 @@ class _SegmentDecoder:
                     given = best_time
                     yield self._picture(i, best_time, best)
             if not targets:
-                return found
+                return
             last, last_time = frame, time
-        return found
 
     def _picture(self, i: int, time: float, frame: VideoFrame) -> Frame:
         if self._orientation is None:
@@ -282,46 +278,48 @@ class _SegmentDecoder:
         image = to_rgb(self._scaler, frame, self._stream.sample_aspect_ratio, self._source.max_side)
         return Frame(i, time, self._orientation.apply(image))
 
-    def _frames(self, key: int, single: bool) -> Iterator[VideoFrame]:
+    def _frames(self, key: int, latest: float, single: bool) -> Iterator[VideoFrame]:
         """Decoded frames from a keyframe on, or of its packet only."""
         context = self._stream.codec_context
-        for packet in self._packets(key):
+        for packet in self._packets(key, latest):
             try:
                 frames = packet.decode()
                 if single:
                     frames += context.decode(None)
             except av.error.FFmpegError:
-                self._errors += 1
                 continue
-            for frame in frames:
-                if frame.is_corrupt or frame.pts is None:
-                    self._errors += 1
-                else:
-                    yield frame
+            yield from (f for f in frames if f.pts is not None and not f.is_corrupt)
             if single:
                 return
 
-    def _packets(self, key: int) -> Iterator[Packet]:
-        """Packets from a keyframe on; what a coarse seek gives before it is passed over."""
-        index, wanted = self._index, int(self._index.keys[key])
-        for goal in (index.seeks[key], index.seeks[0]):
+    def _packets(self, key: int, latest: float) -> Iterator[Packet]:
+        """Packets from a keyframe on that is shown before `latest`.
+
+        That may be the one before `key`: the index can be some frames off, as can a seek. What a
+        coarse seek gives before the keyframe is passed over.
+        """
+        index = self._index
+        for goal in dict.fromkeys((key, max(0, key - 1), 0)):
             started = False
+            self._fed.clear()
             try:
-                self._video.container.seek(int(goal), stream=self._stream)
+                self._video.container.seek(int(index.seeks[goal]), stream=self._stream)
                 for packet in self._video.container.demux(self._stream):
                     if self._stop():
                         return
                     if not started:
                         time = packet.dts if packet.pts is None else packet.pts
-                        early = time is None or time < wanted - index.slack
+                        early = time is None or time < index.keys[goal] - index.slack
                         if early or not packet.is_keyframe:
                             continue
-                        if time > wanted + index.slack and goal != index.seeks[0]:
-                            break  # the seek went too far: read on from the start instead
+                        if index.seconds(time) >= latest and goal > 0:
+                            break
                         started = True
+                    if packet.pts is not None and not packet.is_discard:
+                        heapq.heappush(self._fed, index.seconds(packet.pts))
                     yield packet
             except av.error.FFmpegError:
-                self._errors += 1
+                pass  # what was read so far counts, or the next goal is tried
             if started:
                 return
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from model.video_decoders import Frame, available_cores, fitted_size, windows
 if TYPE_CHECKING:
     import decord
 
+Result = TypeVar("Result")
 DECORD_CODECS = ("h264", "hevc", "vp8", "vp9", "mpeg4")  # decord 0.6.0 finds no stream in AV1
-STRIDE = 32  # frames decoded between two looks at `stop`
 
 
 class DecordSource:
@@ -55,36 +55,41 @@ class DecordSource:
         shown = shown - shown[0]
         if np.any(np.diff(shown) <= 0):
             raise InputError("decord finds no usable times in this file; choose the decoder pyav.")
-        position = -1
         for i, at in self._choose(shown):
-            try:
-                image = self._read(reader, position, at)
-            except (StopIteration, RuntimeError, _decord_error()):
+            image = self._unless_stopped(lambda at=at: reader[at].asnumpy())
+            if isinstance(image, Exception):
                 self.failed += 1
-                position = -1
-                continue
-            position = at + 1
-            yield Frame(i, float(shown[at]), orientation.apply(image))
+            else:
+                yield Frame(i, float(shown[at]), orientation.apply(image))
 
     def _open(self, size: tuple[int, int]) -> decord.VideoReader:
-        """Decord reads the whole file here, in one call that cannot be interrupted."""
         import decord
 
-        opened: list[decord.VideoReader | Exception] = []
+        reader = self._unless_stopped(
+            lambda: decord.VideoReader(
+                str(self.path),
+                decord.cpu(0),
+                width=size[0],
+                height=size[1],
+                num_threads=available_cores(),
+            )
+        )
+        if isinstance(reader, Exception):
+            raise InputError("decord cannot open this file; choose the decoder pyav.")
+        return reader
+
+    def _unless_stopped(self, call: Callable[[], Result]) -> Result | Exception:
+        """The result of a call into decord, or its error.
+
+        Such a call cannot be interrupted, so it runs in a thread that a stop leaves behind.
+        """
+        results: list[Result | Exception] = []
 
         def work() -> None:
             try:
-                opened.append(
-                    decord.VideoReader(
-                        str(self.path),
-                        decord.cpu(0),
-                        width=size[0],
-                        height=size[1],
-                        num_threads=available_cores(),
-                    )
-                )
-            except Exception as error:  # handed to the waiting thread
-                opened.append(error)
+                results.append(call())
+            except Exception as error:  # handed to the thread that waits
+                results.append(error)
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
@@ -92,11 +97,7 @@ class DecordSource:
             if self.stop():
                 raise Stopped
             thread.join(0.05)
-        if isinstance(opened[0], Exception):
-            raise InputError("decord cannot open this file; choose the decoder pyav.") from opened[
-                0
-            ]
-        return opened[0]
+        return results[0]
 
     def _choose(self, shown: np.ndarray) -> Iterator[tuple[int, int]]:
         """(index of a desired time, index of its frame), no frame twice."""
@@ -113,22 +114,3 @@ class DecordSource:
             if at > used:
                 used = at
                 yield i, at
-
-    def _read(self, reader: decord.VideoReader, position: int, at: int) -> np.ndarray:
-        key = max((k for k in reader.get_key_indices() if k <= at), default=0)
-        if not key <= position <= at:
-            reader.seek(key)
-            position = key
-        while position < at:
-            if self.stop():
-                raise Stopped
-            step = min(STRIDE, at - position)
-            reader.skip_frames(step)
-            position += step
-        return reader.next().asnumpy()
-
-
-def _decord_error() -> type[Exception]:
-    from decord import DECORDError
-
-    return DECORDError

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -33,9 +34,11 @@ def draw(number: int, size: tuple[int, int], pattern: Pattern = "moving") -> np.
     """(height, width, 3) uint8: picture `number` of a test video."""
     width, height = size
     if pattern == "texture":
-        image = np.roll(_texture(size), (number * 2, number * 3), (0, 1)).copy()
-        left = width // 4 + (number * 5) % max(1, width // 2)
-        image[height // 2 : height * 3 // 4, left : left + width // 8] ^= 255
+        texture, mask = _texture(size)
+        image = np.roll(texture, (number, number * 2), (0, 1))
+        front = np.roll(texture[::-1], (number, -number), (0, 1))
+        cover = np.roll(mask, number, 1)[..., None]
+        image = np.where(cover, front, image)
     else:
         image = np.empty((height, width, 3), np.uint8)
         image[:] = (200, 60, 40)
@@ -62,21 +65,18 @@ def read_number(image: np.ndarray) -> int:
     return int(((upper > lower).astype(int) << np.arange(BITS)).sum())
 
 
-_textures: dict[tuple[int, int], np.ndarray] = {}
-
-
-def _texture(size: tuple[int, int]) -> np.ndarray:
-    """Blobs of several sizes, so that a file has about the bit rate of filmed video."""
-    if size not in _textures:
-        width, height = size
-        random = np.random.default_rng(0)
-        total = np.zeros((height, width, 3))
-        for cell in (64, 16, 4):
-            coarse = random.uniform(-1, 1, (-(-height // cell), -(-width // cell), 3))
-            total += np.kron(coarse, np.ones((cell, cell, 1)))[:height, :width] * cell**0.5
-        total = (total - total.min()) / (total.max() - total.min())
-        _textures[size] = (total * 255).astype(np.uint8)
-    return _textures[size]
+@cache
+def _texture(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Blobs of several sizes and a mask of big ones, for the bit rate of filmed video."""
+    width, height = size
+    random = np.random.default_rng(0)
+    total = np.zeros((height, width, 3))
+    for cell in (8, 16, 64):
+        coarse = random.uniform(-1, 1, (-(-height // cell), -(-width // cell), 3))
+        layer = np.kron(coarse, np.ones((cell, cell, 1)))[:height, :width]
+        total += layer * cell**0.5
+    total = (total - total.min()) / (total.max() - total.min())
+    return (total * 255).astype(np.uint8), layer[..., 0] > 0.5
 
 
 def frame_times(duration: float, fps: float, vfr: bool) -> np.ndarray:
