@@ -11,16 +11,10 @@ import av
 import numpy as np
 
 from model.types import InputError, StopCheck, Stopped, VideoInfo
-from model.video_container import (
-    CODECS,
-    MAX_PACKETS,
-    OpenVideo,
-    Orientation,
-    any_frame,
-    build_index,
-)
+from model.video_container import CODECS, OpenVideo, Orientation
 from model.video_decoders import Frame, PyAVSource, fitted_size
 from model.video_decord import DecordSource
+from model.video_index import MAX_PACKETS, any_frame, build_index
 
 __all__ = ["Frame", "FrameReader", "VideoLimits", "decode_frames", "probe", "sample_times"]
 

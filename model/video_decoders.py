@@ -20,7 +20,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, VideoReformatter
 
 from model.types import StopCheck, Stopped
-from model.video_container import OpenVideo, Orientation, PacketIndex, build_index
+from model.video_container import OpenVideo, Orientation
+from model.video_index import PacketIndex, build_index
 
 MAX_WORKERS = 8
 QUEUED_FRAMES = 32  # scaled pictures waiting per worker

@@ -17,8 +17,9 @@ import pytest
 
 from model.types import InputError, Stopped
 from model.video import VideoLimits, decode_frames, probe, sample_times
-from model.video_container import LocalFile, OpenVideo, build_index
+from model.video_container import LocalFile, OpenVideo
 from model.video_decoders import plan, windows
+from model.video_index import build_index
 from tests.media import flip_bits, loop_video, make_sound, make_video, read_number, truncate
 
 os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder's chatter
@@ -39,6 +40,9 @@ FILES = [
     ("mpeg4", "mpeg4", "mp4"),
     ("mpeg4", "mpeg4", "avi"),
 ]
+
+
+NO_SCENE_CUTS = {"sc_threshold": "0"}  # x264 then places keyframes by `gop` alone
 
 
 def never() -> bool:
@@ -97,7 +101,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, np.
         ("gaps", "mp4", {"gop": 100, "vfr": True}),
     ):
         path = folder / f"{name}.{suffix}"
-        shown = make_video(path, duration=16, size=(160, 96), **{"gop": 50, **settings})
+        settings = {"gop": 50, "options": NO_SCENE_CUTS, **settings}
+        shown = make_video(path, duration=16, size=(160, 96), **settings)
         made[path.name] = path, shown
     return made
 
@@ -345,6 +350,23 @@ def test_index_from_the_table_and_from_the_packets_agree(tmp_path: Path) -> None
     assert made["table.mp4"].slack > 0 and made["live.mkv"].slack == 0
 
 
+@pytest.mark.parametrize(("suffix", "encoder"), [("mkv", "libx264"), ("webm", "libvpx-vp9")])
+def test_large_mkv_and_webm_go_by_their_list_of_keyframes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, encoder: str
+) -> None:
+    path = tmp_path / f"film.{suffix}"
+    shown = make_video(path, codec=encoder, duration=12, gop=25)
+    exact = probe(path)
+    monkeypatch.setattr("model.video_index.CUES_FROM", 0)
+    with OpenVideo(path, never) as video:
+        assert build_index(video, never).slack > 0
+    listed = probe(path)
+    assert listed.duration == exact.duration == pytest.approx(12, abs=0.01)
+    assert listed.num_frames == pytest.approx(300, rel=0.05) and exact.num_frames == 300
+    for count in (5, 30):
+        check(path, shown, np.arange(count) * 12 / count)
+
+
 def test_what_is_there_of_a_cut_file_is_used(tmp_path: Path) -> None:
     for name, options in (("fast.mp4", {"movflags": "faststart"}), ("film.mkv", {})):
         make_video(tmp_path / name, duration=4, gop=25, container_options=options)
@@ -408,7 +430,7 @@ def test_stop(tmp_path: Path, decoder: str) -> None:
 def test_stop_while_decoding_towards_the_first_picture(tmp_path: Path) -> None:
     """Both pictures are at the far end of a video with a single keyframe."""
     path = tmp_path / "one.mp4"
-    make_video(path, duration=60, size=(64, 48), gop=10000)
+    make_video(path, duration=60, size=(64, 48), gop=10000, options=NO_SCENE_CUTS)
     info, looks = probe(path), itertools.count()
     reader = decode_frames(path, [59.0, 59.5], stop=lambda: next(looks) > 300, info=info)
     with pytest.raises(Stopped):
