@@ -12,6 +12,7 @@ Shapes: T frames, N original and P pooled tokens per frame, L positions in the L
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -238,12 +239,12 @@ def projector_operations(config: CrossLMMConfig, tokens: Tokens, system: System)
     return 2 * projected * (shapes.vision_width * shapes.width + shapes.width**2)
 
 
-def _windows(config: CrossLMMConfig) -> list[int | None]:
-    """How far back each LLM layer sees; None: to the beginning."""
+def _windows(config: CrossLMMConfig) -> Counter[int | None]:
+    """How far back LLM layers see (None: to the beginning), and how many layers do."""
     text = config.text_config
-    return [
+    return Counter(
         text.sliding_window if kind == "sliding_attention" else None for kind in text.layer_types
-    ]
+    )
 
 
 def llm_operations(config: CrossLMMConfig, tokens: Tokens, logits_to_keep: int) -> tuple[int, int]:
@@ -254,14 +255,14 @@ def llm_operations(config: CrossLMMConfig, tokens: Tokens, logits_to_keep: int) 
     heads = min(logits_to_keep, tokens.prompt) if logits_to_keep else tokens.prompt
     total += 2 * (heads + tokens.steps) * shapes.width * text.vocab_size
     hidden = 0
-    for window in _windows(config):
+    for window, layers in _windows(config).items():
         pairs = tokens.prompt**2
         seen = min(tokens.prompt, window or tokens.prompt)
         visible = seen * (seen + 1) // 2 + (tokens.prompt - seen) * seen
-        hidden += attention_operations(1, pairs - visible, shapes.query_width)
+        hidden += layers * attention_operations(1, pairs - visible, shapes.query_width)
         lengths = range(tokens.prompt + 1, tokens.llm + 1)
         pairs += sum(lengths) if window is None else sum(min(n, window) for n in lengths)
-        total += attention_operations(1, pairs, shapes.query_width)
+        total += layers * attention_operations(1, pairs, shapes.query_width)
     return total, hidden
 
 
@@ -310,7 +311,8 @@ def count_kv_bytes(
     shapes = Shapes.of(config)
     item = ITEM_BYTES[dtype]
     held = sum(
-        positions if window is None else min(positions, window - 1) for window in _windows(config)
+        layers * (positions if window is None else min(positions, window - 1))
+        for window, layers in _windows(config).items()
     )
     t2v = 0
     if system == "crosslmm" and config.t2v:
