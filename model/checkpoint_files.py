@@ -16,7 +16,7 @@ from model.types import InputError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt"]  # what is fetched from a hub repository
-SHARD_BYTES = 2 << 30
+SHARD_BYTES = 1 << 30
 
 
 def local_folder(source: str | Path) -> Path:
