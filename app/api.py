@@ -15,6 +15,7 @@ from app.handlers import Handlers
 from app.settings import Settings
 from app.sources import Sample, Video
 from app.worker import Worker
+from model.ask import as_json
 from model.types import Answer, InputError
 
 
@@ -88,20 +89,10 @@ def video_data(video: Video) -> dict[str, Any]:
 
 
 def answer_data(answer: Answer) -> dict[str, Any]:
-    """An answer as plain JSON."""
-    attention = answer.attention
+    """What a program is told of an answer: as on the command line, and how the turn went."""
     return {
-        "answer": answer.text,
+        **as_json(answer),
         "stopped": answer.stopped,
-        "model": answer.model,
-        "tokens": vars(answer.tokens),
-        "frame_times": answer.frame_times.tolist(),
-        "timings": vars(answer.timings),
         "memory_reused": answer.memory_reused,
-        "attention": attention
-        and {
-            "times": attention.times.tolist(),
-            "t2v": attention.t2v_mean().tolist(),
-            "peak": attention.peak,
-        },
+        "notices": list(answer.notices),
     }

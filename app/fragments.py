@@ -150,14 +150,13 @@ def plain(text: str) -> str:
 
 def with_time_links(text: str, duration: float) -> str:
     """Like `plain`, and every time within the video becomes a link that page.js makes seek."""
-    parts, end = [], 0
-    for found in _TIME.finditer(text):
+
+    def link(found: re.Match[str]) -> str:
         hours, minutes, seconds = (int(group or 0) for group in found.groups())
         at = 3600 * hours + 60 * minutes + seconds
-        if at <= duration:
-            parts += [plain(text[end : found.start()]), f"[{found[0]}](#t={at})"]
-            end = found.end()
-    return "".join([*parts, plain(text[end:])])
+        return f"[{found[0]}](#t={at})" if at <= duration else found[0]
+
+    return _TIME.sub(link, plain(text))
 
 
 def messages(turns: Sequence[Turn], duration: float) -> list[dict[str, str]]:

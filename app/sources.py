@@ -86,13 +86,13 @@ def take_upload(upload: Path, folder: Path, settings: Settings) -> Video:
     """
     title = clean_title(upload.name)
     if not upload.is_file():
-        raise InputError(f"{title} did not arrive. Please upload it again.")
+        raise InputError("The file did not arrive; please upload it again.")
     size = upload.stat().st_size
     if size == 0:
-        raise InputError(f"{title} is an empty file (0 bytes). Please choose a video.")
+        raise InputError("The file is empty (0 bytes); please choose a video.")
     if size > settings.max_upload_bytes:
         raise InputError(
-            f"{title} has {show_bytes(size)}; "
+            f"The file has {show_bytes(size)}; "
             f"at most {show_bytes(settings.max_upload_bytes)} are taken."
         )
     info = probe(upload, settings)

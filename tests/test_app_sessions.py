@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.jobs import Job
+from app.sessions import Session, Sessions, Turn
+from app.settings import Settings
+from app.sources import Video, take_upload
+from model.types import AskRequest
+
+SETTINGS = Settings()
+
+
+@pytest.fixture
+def forgotten() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def sessions(forgotten: list[str], tmp_path: Path) -> Iterator[Sessions]:
+    sessions = Sessions(Settings(data_dir=str(tmp_path / "data")), forgotten.append)
+    yield sessions
+    sessions.close()
+
+
+@pytest.fixture
+def added(sessions: Sessions, videos: dict[str, Path]) -> tuple[Session, Video]:
+    session = sessions.get("visitor")
+    video = take_upload(videos["h264"], session.folder, SETTINGS)
+    sessions.set_video(session, video)
+    return session, video
+
+
+def test_a_visitor_keeps_the_session_and_shares_it_with_nobody(sessions: Sessions) -> None:
+    one = sessions.get("one")
+    assert sessions.get("one") is one
+    other = sessions.get("other")
+    assert other is not one
+    assert other.folder != one.folder
+
+
+def test_the_player_gets_a_video_by_its_token_only(
+    sessions: Sessions, added: tuple[Session, Video]
+) -> None:
+    session, video = added
+    assert sessions.media(session.media) == video.path
+    assert video.path.stem not in session.media
+    for guess in ("", video.path.name, "../" + video.path.name, session.media[:-1]):
+        assert sessions.media(guess) is None
+
+
+def test_a_new_video_ends_the_one_before(
+    sessions: Sessions, added: tuple[Session, Video], videos: dict[str, Path], forgotten: list[str]
+) -> None:
+    session, video = added
+    token = session.media
+    session.turns.append(Turn("What?", "That.", "answered"))
+    sessions.set_video(session, take_upload(videos["av1"], session.folder, SETTINGS))
+    assert session.turns == []
+    assert not video.path.exists()
+    assert sessions.media(token) is None
+    assert forgotten == [str(video.path)]
+
+
+def test_a_sample_is_never_deleted(
+    sessions: Sessions, added: tuple[Session, Video], videos: dict[str, Path], forgotten: list[str]
+) -> None:
+    session, video = added
+    sample = dataclasses.replace(video, path=videos["h264"], shared=True)
+    sessions.set_video(session, sample)
+    sessions.set_video(session, sample)
+    assert videos["h264"].exists()
+    assert forgotten == [str(video.path)]
+
+
+def test_leaving_stops_the_job_and_later_ends_the_session(
+    sessions: Sessions, added: tuple[Session, Video]
+) -> None:
+    session, video = added
+    stopped: list[Job] = []
+    session.job = Job(AskRequest(str(video.path), "What?"), 1, stopped.append)
+    sessions.leave("visitor")
+    assert stopped == [session.job]
+    sessions.end_expired()
+    assert video.path.exists()  # the visitor may come back
+    session.left_at = time.monotonic() - SETTINGS.session_grace_seconds - 1
+    sessions.end_expired()
+    assert video.path.exists()  # the job still runs
+    session.job = None
+    sessions.end_expired()
+    assert not session.folder.exists()
+    assert sessions.get("visitor") is not session
+
+
+def test_coming_back_keeps_the_session(sessions: Sessions, added: tuple[Session, Video]) -> None:
+    session, _ = added
+    sessions.leave("visitor")
+    assert sessions.get("visitor") is session
+    assert session.left_at is None
+
+
+def test_a_silent_visitor_is_forgotten(sessions: Sessions, added: tuple[Session, Video]) -> None:
+    session, _ = added
+    session.last_seen -= SETTINGS.session_idle_seconds + 1
+    sessions.end_expired()
+    assert not session.folder.exists()
+
+
+def test_close_leaves_no_file_behind(sessions: Sessions, added: tuple[Session, Video]) -> None:
+    sessions.close()
+    assert not sessions.root.exists()
+
+
+def test_history_holds_answered_turns_only() -> None:
+    session = Session("id", Path("."))
+    outcomes = ("answered", "failed", "stopped", "answered", "running")
+    session.turns = [Turn(str(n), "a", outcome) for n, outcome in enumerate(outcomes)]
+    assert session.history(8) == (("0", "a"), ("3", "a"))
+    assert session.history(1) == (("3", "a"),)
+    assert session.history(0) == ()
