@@ -81,9 +81,7 @@ class MapCapture:
                 hook.remove()
 
 
-def _frame_scores(
-    query: torch.Tensor, keys: torch.Tensor, scaling: float
-) -> torch.Tensor:
+def _frame_scores(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
     """(H, L, d) x (Hkv, n, N, d) -> (H, L, n, N) in fp32."""
     groups = query.shape[0] // keys.shape[0]
     rows = query.unflatten(0, (-1, groups)).flatten(1, 2)  # (Hkv, G * L, d)
@@ -190,9 +188,7 @@ def text_to_visual(
 
 
 @torch.inference_mode()
-def self_attention_mass(
-    memory: VideoMemory, capture: MapCapture, *, last: int
-) -> torch.Tensor:
+def self_attention_mass(memory: VideoMemory, capture: MapCapture, *, last: int) -> torch.Tensor:
     """Share of the LLM's self-attention on each frame's pooled tokens: (L, layers, T).
 
     Rows sum to less than 1: the rest lies on the text. Call it inside the turn, while the cache

@@ -70,9 +70,10 @@ def attend(
 ) -> torch.Tensor:
     """Softmax attention, (B, H, L, d) x (B, Hkv, M, d) -> (B, H, L, d); mask True = look."""
     kernel = module.config._attn_implementation
-    if kernel is not None and kernel.startswith("flash") and mask is None:
+    registered = kernel in ALL_ATTENTION_FUNCTIONS and kernel not in ("eager", "sdpa")
+    if registered and (mask is None or not kernel.startswith("flash")):
         out, _ = ALL_ATTENTION_FUNCTIONS[kernel](
-            module, query, key, value, None, scaling=module.scaling, is_causal=False
+            module, query, key, value, mask, scaling=module.scaling, is_causal=False
         )
         return out.transpose(1, 2)
     if kernel == "eager":

@@ -133,9 +133,9 @@ def main() -> None:
     parser.add_argument("--wrong", action="store_true", help="also list wrong answers")
     args = parser.parse_args()
     engine = Engine.load(args.model, quantization=args.quantization)
-    kinds = args.kinds or json.loads(
-        (engine.folder / "card.json").read_text()
-    ).get("kinds", list(KINDS))
+    kinds = args.kinds or json.loads((engine.folder / "card.json").read_text()).get(
+        "kinds", list(KINDS)
+    )
     tally = Tally()
     suffix = ".webm" if "vp9" in args.codec else ".mp4"
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

@@ -11,6 +11,7 @@ import multiprocessing
 import pickle
 import random
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -81,21 +82,39 @@ def render_library(folder: Path, scenes: int, seed: int, side: int, processes: i
         pickle.dump(shots, file)
 
 
-@torch.inference_mode()
-def encode_library(folder: Path, encoder: SiglipVisionModel, side: int) -> None:
+def encode_library(folder: Path, encoder: Path, side: int, processes: int) -> None:
     """Write `features.bin`: (frames, N, Dv) float16 encoder outputs; skipped when it exists."""
     target = folder / "features.bin"
     if target.exists():
         return
-    frames = np.memmap(folder / "frames.bin", np.uint8, "r").reshape(-1, side, side, 3)
-    encoder.eval()
-    with open(folder / "features.part", "wb") as file:
-        for start in range(0, len(frames), 64):
-            with torch.autocast("cpu", torch.bfloat16):
-                pixels = normalise(np.ascontiguousarray(frames[start : start + 64]))
-                features = encoder.encoder(inputs_embeds=encoder.embeddings(pixels))
-            file.write(features.last_hidden_state.to(torch.float16).numpy().tobytes())
+    total = (folder / "frames.bin").stat().st_size // (side * side * 3)
+    jobs = [(folder, encoder, side, i, min(i + 512, total)) for i in range(0, total, 512)]
+    with (
+        multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool,
+        open(folder / "features.part", "wb") as file,
+    ):
+        for features in pool.imap(_encode, jobs):
+            file.write(features.tobytes())
     (folder / "features.part").rename(target)
+
+
+@torch.inference_mode()
+def _encode(args: tuple[Path, Path, int, int, int]) -> np.ndarray:
+    folder, path, side, start, end = args
+    encoder = _encoder(path)
+    frames = np.memmap(folder / "frames.bin", np.uint8, "r").reshape(-1, side, side, 3)
+    parts = []
+    for first in range(start, end, 32):
+        with torch.autocast("cpu", torch.bfloat16):
+            pixels = normalise(np.array(frames[first : min(first + 32, end)]))
+            features = encoder.encoder(inputs_embeds=encoder.embeddings(pixels))
+        parts.append(features.last_hidden_state.to(torch.float16).numpy())
+    return np.concatenate(parts)
+
+
+@cache
+def _encoder(path: Path) -> SiglipVisionModel:
+    return SiglipVisionModel.from_pretrained(path, attn_implementation="eager").eval()
 
 
 class SceneLibrary:

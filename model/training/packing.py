@@ -30,7 +30,9 @@ class Packed:
     labels: torch.Tensor  # (B, L), IGNORE outside of answers
     frame_times: torch.Tensor  # (B, T)
     text_start: int  # first column after the video
-    spans: list[list[tuple[QA, int, int]]]  # per video: question, columns [start, end) of its answer
+    spans: list[
+        list[tuple[QA, int, int]]
+    ]  # per video: question, columns [start, end) of its answer
 
 
 class PromptIds:
