@@ -80,6 +80,7 @@ def account(
 
     Raises:
         ValueError: a number that cannot be, or an unknown choice.
+
     """
     _check(frames, text_tokens, generated_tokens, text_before, logits_to_keep)
     for name, value, allowed in (

@@ -98,6 +98,7 @@ def frame_mass(
     Returns:
         mass: (H, L, T), every row over T sums to 1.
         log_total: (H, L) log-sum-exp of all scores, for `patch_weights`.
+
     """
     per_token = query.shape[0] * query.shape[1] * 4
     frames = max(1, SCORE_BYTES // (per_token * tokens_per_frame))

@@ -24,6 +24,7 @@ def local_folder(source: str | Path) -> Path:
 
     Raises:
         InputError: there is neither a folder nor a hub repository of that name.
+
     """
     folder = Path(source)
     if folder.is_dir():
@@ -48,6 +49,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
     Raises:
         InputError: it is missing or no JSON object.
+
     """
     file = folder / name
     if not file.is_file():

@@ -80,6 +80,7 @@ class CrossLMMConfig(PreTrainedConfig):
         frame_rate: frames per second sampled by default.
         max_frames: most frames sampled by default.
         multi_turn: whether earlier turns belong into the prompt of a later question.
+
     """
 
     model_type = "crosslmm"

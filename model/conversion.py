@@ -64,6 +64,7 @@ def convert(
 
     Raises:
         InputError: what is missing or does not fit, and what to do.
+
     """
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

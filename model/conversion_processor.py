@@ -31,6 +31,7 @@ def write_processor(
 
     Raises:
         InputError: which file is missing or does not fit.
+
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     if config.video_token_id == len(tokenizer):  # an LLM whose tokenizer has no placeholder yet
@@ -54,6 +55,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         InputError: its files are missing or damaged.
+
     """
     has_vocabulary = (folder / "tokenizer.json").is_file() or (
         (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()

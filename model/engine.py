@@ -31,8 +31,8 @@ from model.types import (
     ModelInfo,
     Piece,
     Progress,
-    Stopped,
     StopCheck,
+    Stopped,
     Timings,
     TokenCounts,
     VideoInfo,
@@ -116,7 +116,7 @@ class Engine:
         device: str = "auto",
         memory_budget: int = 2 << 30,
     ) -> Engine:
-        """Load a model (see `model.loading.load`) and keep up to `memory_budget` bytes of videos."""
+        """Load a model (see `model.loading.load`) keeping `memory_budget` bytes of videos."""
         loaded = load(source, quantization=quantization, device=device)
         return cls(loaded, memory_budget=memory_budget)
 
@@ -133,6 +133,7 @@ class Engine:
         Raises:
             InputError: the video or the question cannot be used.
             Stopped: stopped before the video was ready; nothing of it is kept.
+
         """
         started = time.perf_counter()
         history = request.history if self.crosslmm.config.multi_turn else ()

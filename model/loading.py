@@ -55,6 +55,7 @@ def load(
 
     Raises:
         InputError: what is missing or unusable, and what to do.
+
     """
     if quantization not in QUANTIZATIONS:
         raise InputError(f"quantization must be one of {QUANTIZATIONS}, got {quantization!r}.")
@@ -174,6 +175,7 @@ def check_sums(folder: Path) -> None:
 
     Raises:
         InputError: a file is damaged or missing.
+
     """
     sums = folder / "SHA256SUMS"
     if not sums.exists():

@@ -1,4 +1,4 @@
-"""CrossLMM: encoder -> token merge -> projector -> LLM with dual cross-attention (arXiv 2505.17020).
+"""CrossLMM (arXiv 2505.17020): encoder, token merge, projector, LLM with dual cross-attention.
 
 Shapes: B batch, T frames, N original tokens per frame, P pooled tokens per frame, L tokens in this
 forward, D LLM width, Dv encoder width, S image side in pixels.
@@ -67,7 +67,7 @@ class ClockEmbedding(nn.Module):
         self.digits = nn.Embedding(10 * len(self.UNITS), width)
 
     def forward(self, times: torch.Tensor) -> torch.Tensor:
-        """Seconds of any shape (...) -> (..., D). The second shown is the floor, as a clock does."""
+        """Seconds of any shape (...) -> (..., D). Seconds are cut off, as on a clock."""
         seconds = (times + 1e-3).long().clamp_min(0).unsqueeze(-1)
         units = torch.tensor(self.UNITS, device=times.device)
         bases = torch.tensor(self.BASES, device=times.device)
@@ -243,6 +243,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
 
         Raises:
             ValueError: the placeholders in `input_ids` do not match the frames.
+
         """
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not self.training:
@@ -284,6 +285,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             features: (1, n, N, Dv) encoder features; in `video` scope all frames at once.
             frame_times: (1, n) seconds.
             cache: its `visual` state must be set; grows by n * P tokens.
+
         """
         state: VisualState = cache.visual
         pooled, memory = self.embed_frames(features, frame_times)

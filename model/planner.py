@@ -240,6 +240,7 @@ def plan(
     Raises:
         InputError: not even the fewest frames at the lowest precision fit; one sentence.
         ValueError: an impossible setting.
+
     """
     if not 0 <= settings.headroom < 1:
         raise ValueError(f"headroom must be from 0 to below 1, got {settings.headroom}")

@@ -129,6 +129,7 @@ class CrossLMMProcessor(ProcessorMixin):
             `input_ids`, `attention_mask` (B, L), padded on the left; with videos also
             `pixel_values_videos` (B, T, 3, S, S), `frame_times` (B, T) seconds and, where the
             videos have different numbers of frames, `frame_mask` (B, T) bool.
+
         """
         prompts = [text] if isinstance(text, str) else list(text)
         data: dict[str, torch.Tensor] = {}
@@ -193,6 +194,7 @@ class CrossLMMProcessor(ProcessorMixin):
 
         Raises:
             InputError: the question is empty.
+
         """
         if not question.strip():
             raise InputError("Please type a question about the video.")

@@ -90,6 +90,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class TokenCounts:
+    """How many tokens one turn had of each kind."""
+
     original: int
     pooled: int
     text: int  # prompt tokens that are not visual

@@ -44,6 +44,7 @@ class VideoMemory:
             precision: of the T2V keys and values: `native`, `int8` or `int4`.
             prefix_ids: the prompt's tokens before the video.
             capture: collects V2V maps while the video is built.
+
         """
         self.config = crosslmm.config
         self.prefix_ids = list(prefix_ids or [])
@@ -111,9 +112,7 @@ class VideoMemory:
         """Tokens in the LLM's cache at the end of the video."""
         separator = int(self.config.frame_separator)
         return (
-            len(self.prefix_ids)
-            + self.num_frames * self.config.pooled_tokens_per_frame
-            + separator
+            len(self.prefix_ids) + self.num_frames * self.config.pooled_tokens_per_frame + separator
         )
 
     @property

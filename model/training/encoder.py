@@ -35,9 +35,9 @@ from model.training.world_render import sign_ink
 
 TRAIN_SEED = 1_000_000  # held-out evaluation uses smaller seeds
 SIGN_SHARE = 0.85  # reading is the hard part: scenes without a sign are mostly drawn again
-# Object, sign colour, the sign's text (all of it on each of its patches), and the one character that
-# lies on the patch itself: that one is learnt first and helps to read the rest.
 CROP = 7  # patches; holds the widest sign
+# Object, sign colour, the sign's text (all of it on each of its patches), and the one character
+# that lies on the patch itself: that one is learnt first and helps to read the rest.
 CLASSES = (len(NOUN_IDS) + 1, len(COLOUR_IDS) + 1) + (len(SIGN_CHARACTERS) + 1,) * (
     LONGEST_SIGN + 1
 )

@@ -2,7 +2,7 @@
 
 `python -m model.training.evaluate --seed S --videos N [--frames F] [--json]` makes N worlds from a
 seed, writes them as H.264 files, reads them back through the product's own decoder, asks every kind
-of question and compares answers word for word. Pointing: does the frame with the most text-to-visual
+of question and compares answers word for word. Pointing: does the frame with most text-to-visual
 mass lie inside the evidence's span, and its strongest patch inside its box?
 """
 

@@ -1,7 +1,7 @@
 """Several questions about one video in one sequence, so that the video is paid for once.
 
-Keys and values of the video do not depend on the text; a block mask lets each question see the video
-and itself only, exactly as if it had been asked alone.
+Keys and values of the video do not depend on the text; a block mask lets each question see the
+video and itself only, exactly as if it had been asked alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bundled model's tokenizer: Qwen2's kind (byte-level BPE, single digits), trained on our texts."""
+"""The bundled model's tokenizer: Qwen2's kind (byte-level BPE, single digits)."""
 
 from __future__ import annotations
 
