@@ -61,6 +61,16 @@ class VisualContext:
     state: VisualState | None = None
 
 
+def token_mask(frame_mask: torch.Tensor, tokens_per_frame: int) -> torch.Tensor:
+    """Frames (B, T) -> original tokens (B, 1, 1, T * N) that may be looked at.
+
+    Where a prompt has no frame at all everything is open, because kernels differ (NaN, mean, 0) on
+    rows that are masked entirely; what comes out there has to be dropped.
+    """
+    seen = frame_mask | ~frame_mask.any(1, keepdim=True)
+    return seen.repeat_interleave(tokens_per_frame, dim=1)[:, None, None]
+
+
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -202,7 +212,7 @@ class DualCrossAttention(nn.Module):
             key, value = self.v2v.keys_values(memory.flatten(1, 2))
             mask = None
             if context.frame_mask is not None:
-                mask = context.frame_mask.repeat_interleave(memory.shape[2], dim=1)[:, None, None]
+                mask = token_mask(context.frame_mask, memory.shape[2])
             return self.v2v.gated(attend(query, key, value, mask, self.v2v))
 
         # One row per frame: (B*T, H, P, d) looks at (B*T, Hkv, (w+1)*N, d).
@@ -266,8 +276,9 @@ class DualCrossAttention(nn.Module):
         else:
             mask = None
             if frame_mask is not None:
-                per_frame = pair[0].shape[2] // frame_mask.shape[1]
-                mask = frame_mask.repeat_interleave(per_frame, dim=1)[:, None, None]
+                mask = token_mask(frame_mask, pair[0].shape[2] // frame_mask.shape[1])
             out = attend(query, *pair, mask, self.t2v)
+            if frame_mask is not None:  # a prompt without a video has seen nothing
+                out = out * frame_mask.any(1)[:, None, None, None]
         out = self.t2v.gated(out).to(hidden.dtype)
         return out if context.text_mask is None else out * context.text_mask

@@ -140,6 +140,24 @@ def test_batch_with_padding_equals_one_by_one(settings: dict) -> None:
         )
 
 
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("settings", SCOPES, ids=names)
+def test_prompt_without_a_video_in_a_batch(settings: dict, kernel: str) -> None:
+    crosslmm, text = tiny_model(**settings), [7, 8, 9, 10]
+    crosslmm.set_attn_implementation(kernel)
+    inputs = tiny_inputs(crosslmm.config, batch=2, frames=2)
+    length = inputs["input_ids"].shape[1]
+    inputs["input_ids"][1] = torch.tensor([PAD_TOKEN] * (length - 4) + text)
+    inputs["attention_mask"][1, :-4] = 0
+    inputs["frame_mask"] = torch.tensor([[True, True], [False, False]])
+    logits = crosslmm(**inputs).logits
+    alone = crosslmm(input_ids=torch.tensor([text])).logits
+    torch.testing.assert_close(logits[1, -4:], alone[0], atol=1e-4, rtol=0)
+    logits[:, -4:].square().mean().backward()
+    for name, weight in crosslmm.named_parameters():
+        assert weight.grad is None or weight.grad.isfinite().all(), name
+
+
 @pytest.mark.parametrize("settings", VARIANTS, ids=names)
 def test_eager_equals_sdpa(settings: dict) -> None:
     crosslmm = tiny_model(**settings)
