@@ -20,6 +20,7 @@ from transformers import (
 
 from model.checkpoint_files import CheckpointReader, ShardWriter
 from model.conversion import convert, main
+from model.loading import load as front_door
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.types import InputError
 from tests.published import (
@@ -216,6 +217,18 @@ def test_typed_control_tokens_stay_text(published: Path, tmp_path: Path) -> None
     plain = processor.prompt_ids("a", [("b", "c")])
     for ids, expected in zip((before, after), plain, strict=True):
         assert [i for i in ids if i > 255] == [i for i in expected if i > 255]
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_front_door_says_that_the_branches_are_closed(
+    published: Path, tmp_path: Path, quantization: str
+) -> None:
+    if quantization == "4bit":
+        pytest.importorskip("bitsandbytes")
+    target = convert(published, tmp_path / "target")
+    loaded = front_door(target, quantization=quantization, device="cpu")
+    assert not loaded.info.trained and "untrained and closed" in loaded.info.note
+    assert loaded.processor.video_token_id == loaded.crosslmm.config.video_token_id == 260
 
 
 def test_encoder_and_llm(tmp_path: Path) -> None:
