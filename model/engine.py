@@ -213,8 +213,7 @@ class Engine:
     ) -> None:
         """Runs in a thread: decode and resize, a chunk at a time, while the model works."""
         try:
-            frames = iter(decode_frames(path, times, stop=stop, info=info))
-            reader, done = frames, False
+            frames, done = decode_frames(path, times, stop=stop, info=info), False
             while not done:
                 clock = time.perf_counter()
                 images, seconds = [], []
@@ -229,10 +228,9 @@ class Engine:
                     pixels = self.processor.preprocess_frames(images)
                     pictures = [_jpeg(image) for image in images]
                     spent = time.perf_counter() - clock
-                    failed = getattr(reader, "failed", 0)
-                    chunks.put((pixels, torch.tensor(seconds), pictures, spent, failed))
+                    chunks.put((pixels, torch.tensor(seconds), pictures, spent, frames.failed))
             chunks.put(None)
-        except BaseException as error:  # noqa: BLE001 (handed to the thread that reads the queue)
+        except BaseException as error:  # handed to the thread that reads the queue
             chunks.put(error)
 
     def _encode(self, entry: _Entry, pixels: torch.Tensor, times: torch.Tensor) -> None:
@@ -263,6 +261,8 @@ class Engine:
         failure: list[BaseException] = []
         limit = request.max_new_tokens or self.crosslmm.generation_config.max_new_tokens or 128
 
+        left = threading.Event()  # the caller went away in the middle
+
         def generate() -> None:
             try:
                 with torch.inference_mode():
@@ -270,11 +270,11 @@ class Engine:
                         memory.input_ids(suffix),
                         past_key_values=memory.cache,
                         streamer=pieces,
-                        stopping_criteria=[_StopOn(stop)],
+                        stopping_criteria=[_StopOn(lambda: left.is_set() or stop())],
                         max_new_tokens=limit,
                         do_sample=False,
                     )
-            except BaseException as error:  # noqa: BLE001 (raised again below, in this thread)
+            except BaseException as error:  # raised again below, in the caller's thread
                 failure.append(error)
             finally:
                 events.put(None)
@@ -282,9 +282,12 @@ class Engine:
         with memory.turn(capture):
             thread = threading.Thread(target=generate, daemon=True)
             thread.start()
-            while (event := events.get()) is not None:
-                yield event
-            thread.join()
+            try:
+                while (event := events.get()) is not None:
+                    yield event
+            finally:
+                left.set()  # the cache is rolled back only after its last writer is gone
+                thread.join()
             if failure:
                 raise failure[0]
             attention = self._attention(entry, capture, pieces.ids, request.strongest_frames)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +14,16 @@ import torch
 from transformers import AutoProcessor, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
+from model.checkpoint_files import local_folder
 from model.configuration_crosslmm import CrossLMMConfig
+from model.conversion import checkpoint_kind, convert
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.processing_crosslmm import CrossLMMProcessor
 from model.types import InputError, ModelInfo
 
+CONVERTED = Path(
+    os.environ.get("CROSSLMM_CACHE", Path.home() / ".cache" / "crosslmm")
+)  # LLaVA-OneVision checkpoints, converted on their first load
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "crosslmm-tiny"
 QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
 # Kept in full precision under quantisation: the encoder sees every original token and everything
@@ -47,7 +53,8 @@ def load(
     """Load a CrossLMM.
 
     Args:
-        source: folder or hub id; None takes the model that ships in `assets/`.
+        source: folder or hub id of a CrossLMM or of a LLaVA-OneVision (converted on its first
+            load); None takes the model that ships in `assets/`.
         quantization: `none`, `8bit`, `4bit` (NF4, double quantisation), or `auto`: 4-bit on a
             GPU, none on a CPU.
         device: `cpu`, `cuda`, or `auto`.
@@ -63,7 +70,7 @@ def load(
     on_gpu = device.startswith("cuda")
     if quantization == "auto":
         quantization = "4bit" if on_gpu else "none"
-    folder = _folder(source)
+    folder = _folder(source, pooled_grid)
     kernel = "flash_attention_2" if on_gpu and find_spec("flash_attn") else "sdpa"
     dtype = torch.bfloat16 if on_gpu or quantization != "none" else torch.float32
     config = CrossLMMConfig.from_pretrained(folder)
@@ -132,42 +139,31 @@ def _quantization(name: str) -> BitsAndBytesConfig | None:
     return None
 
 
-def _folder(source: str | Path | None) -> Path:
-    """A local folder with a CrossLMM in it, fetched from the hub if need be."""
+def _folder(source: str | Path | None, pooled_grid: int | None) -> Path:
+    """A local CrossLMM folder: the source itself, fetched from the hub, or converted once."""
     if source is None:
-        source = BUNDLED
         if not (BUNDLED / "config.json").exists():
             raise InputError(
                 f"The bundled model is missing: expected {BUNDLED / 'config.json'}; restore "
                 "assets/crosslmm-tiny from the repository or pass --model."
             )
-    folder = Path(source)
-    if not folder.exists():
-        folder = _fetch(str(source))
-    config_file = folder / "config.json"
-    if not config_file.exists():
-        raise InputError(f"{folder} holds no config.json; expected a CrossLMM checkpoint folder.")
-    kind = json.loads(config_file.read_text()).get("model_type")
-    if kind != CrossLMMConfig.model_type:
-        raise InputError(
-            f"{folder} is a {kind!r} checkpoint, not 'crosslmm'; convert it first: "
-            "python -m model.conversion SOURCE TARGET"
-        )
-    check_sums(folder)
-    return folder
-
-
-def _fetch(source: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"There is no folder {source!r}, and it could not be fetched from the hub "
-            f"({type(error).__name__}); check the name, or the connection."
-        ) from error
+        source = BUNDLED
+    folder = local_folder(source)
+    kind = checkpoint_kind(folder)
+    if kind == CrossLMMConfig.model_type:
+        check_sums(folder)
+        return folder
+    if kind == "llava_onevision":
+        name = hashlib.sha256(f"{folder.resolve()} {pooled_grid}".encode()).hexdigest()[:16]
+        target = CONVERTED / name
+        if not (target / "config.json").exists():
+            log.info("converting %s once, into %s", folder, target)
+            convert(folder, target, pooled_grid=pooled_grid)
+        return target
+    raise InputError(
+        f"{folder} is a {kind!r} checkpoint; expected a CrossLMM or a LLaVA-OneVision. An encoder "
+        "and an LLM are joined by: python -m model.conversion ENCODER TARGET --llm LLM"
+    )
 
 
 def check_sums(folder: Path) -> None:

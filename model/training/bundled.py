@@ -117,9 +117,11 @@ class Curriculum:
         self.count: dict[tuple[str, int], int] = defaultdict(int)
 
     def sample_level(self, rng: random.Random) -> int:
-        """A length that some kind has reached, the newest most often."""
-        highest = max(self.level.values())
-        return highest if rng.random() < 0.5 else rng.randint(0, highest)
+        """The length for a batch: one that a kind in need of practice has reached."""
+        kinds = list(self.level)
+        (kind,) = rng.choices(kinds, [self.weight(k) for k in kinds])
+        highest = self.level[kind]
+        return highest if rng.random() < 0.6 else rng.randint(0, highest)
 
     def kinds_at(self, level: int) -> list[str]:
         """Kinds that may be asked on videos of this length."""

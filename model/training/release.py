@@ -1,0 +1,76 @@
+"""Turn a training folder into the checkpoint that ships.
+
+`python -m model.training.release runs/bundled assets/crosslmm-tiny` writes bf16 weights, the
+processor, `card.json` (name, note and example questions for the page) and `SHA256SUMS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor
+
+from model.modeling_crosslmm import CrossLMMForConditionalGeneration
+
+NAME = "crosslmm-tiny"
+NOTE = (
+    "This is the small bundled model. It only knows made-up videos like the samples: objects, "
+    "signs with numbers and words, places and times."
+)
+EXAMPLES = {
+    "number": "What number is on the sign?",
+    "word": "What word is on the sign next to the elephant?",
+    "colour": "What colour is the sign?",
+    "when": "When does the elephant appear?",
+    "where": "Where is the elephant?",
+    "exists": "Is there a rabbit?",
+    "count": "How many rabbits are there?",
+    "before": "What appears right before the elephant?",
+    "after": "What appears right after the elephant?",
+    "scenes": "What happens in the video?",
+    "direction": "Which way does the elephant move?",
+}
+
+
+def release(source: Path, target: Path, kinds: list[str]) -> None:
+    """Write `target` from the training folder `source`; `kinds` are what it was trained on."""
+    crosslmm = CrossLMMForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
+    crosslmm.save_pretrained(target)
+    AutoProcessor.from_pretrained(source).save_pretrained(target)
+    card = {
+        "name": NAME,
+        "note": NOTE,
+        "kinds": kinds,
+        "examples": [EXAMPLES[kind] for kind in kinds if kind in EXAMPLES],
+    }
+    (target / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    write_sums(target)
+
+
+def write_sums(folder: Path) -> None:
+    """Checksums of the files that loading reads, in `sha256sum`'s format."""
+    names = sorted(
+        file.name
+        for file in folder.iterdir()
+        if file.suffix in {".safetensors", ".json", ".jinja"} and file.name != "evaluation.json"
+    )
+    lines = [f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in names]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    args = parser.parse_args()
+    saved = torch.load(args.source / "checkpoint.pt", weights_only=False, map_location="cpu")
+    release(args.source, args.target, list(saved["curriculum"]["level"]))
+
+
+if __name__ == "__main__":
+    main()
