@@ -6,6 +6,7 @@ blocks inverted. `read_number` reads it back from any upright, possibly scaled p
 
 from __future__ import annotations
 
+import os
 import struct
 from fractions import Fraction
 from functools import cache
@@ -15,6 +16,7 @@ from typing import Literal
 import av
 import numpy as np
 
+os.environ.setdefault("SVT_LOG", "1")  # errors only, from the AV1 encoder
 BITS = 16
 TIME_BASE = Fraction(1, 12800)
 Pattern = Literal["plain", "moving", "texture"]
@@ -140,7 +142,7 @@ def loop_video(source: str | Path, path: str | Path, repeats: int) -> float:
     """Copy the compressed frames of `source` `repeats` times into `path`; returns seconds."""
     with av.open(str(source)) as reader, av.open(str(path), "w") as writer:
         stream = reader.streams.video[0]
-        copy = writer.add_stream_from_template(stream)
+        copy = writer.add_stream_from_template(stream, opaque=True)
         packets = [p for p in reader.demux(stream) if p.size]
         span = max(p.pts + p.duration for p in packets) - min(p.pts for p in packets)
         lead = packets[0].pts - (packets[0].dts if packets[0].dts is not None else packets[0].pts)

@@ -22,8 +22,6 @@ from model.video_decoders import plan, windows
 from model.video_index import build_index
 from tests.media import flip_bits, loop_video, make_sound, make_video, read_number, truncate
 
-os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder's chatter
-
 FILES = [
     ("libx264", "h264", "mp4"),
     ("libx264", "h264", "mov"),

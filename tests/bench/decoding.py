@@ -101,25 +101,26 @@ def _cpu_seconds() -> float:
 
 
 def make_files(folder: Path, quick: bool) -> dict[str, Path]:
-    """Encode 20 s of 720p at 25 fps per codec; the rest is copies of its packets."""
-    common = {"size": (1280, 720), "pattern": "texture", "duration": 20.0}
+    """Encode some seconds of 720p at 25 fps per codec; the rest is copies of their packets."""
+    common = {"size": (1280, 720), "pattern": "texture", "duration": 10.0}
     files = {}
     options = {"preset": "medium"}
     make_video(folder / "h264.mp4", options=options, **common)
     files["five"] = folder / "five.mp4"
-    loop_video(folder / "h264.mp4", files["five"], 15)
+    loop_video(folder / "h264.mp4", files["five"], 30)
     if quick:
         return files
     for kind in ("mp4", "mkv"):
         files[f"hour.{kind}"] = folder / f"hour.{kind}"
-        loop_video(folder / "h264.mp4", files[f"hour.{kind}"], 180)
-    common["duration"] = 10.0
-    make_video(folder / "endless.mp4", gop=100_000, **(common | {"duration": 60.0}))
+        loop_video(folder / "h264.mp4", files[f"hour.{kind}"], 360)
+    options = {"preset": "veryfast", "sc_threshold": "0"}
+    make_video(folder / "endless.mp4", gop=10_000, options=options, **(common | {"duration": 20.0}))
+    common["duration"] = 5.0
     files["endless"] = folder / "endless.mp4"
     for codec, kind in (("libx265", "mp4"), ("libvpx-vp9", "webm"), ("libsvtav1", "webm")):
         make_video(folder / f"{codec}.{kind}", codec=codec, **common)
         files[codec] = folder / f"minute-{codec}.{kind}"
-        loop_video(folder / f"{codec}.{kind}", files[codec], 6)
+        loop_video(folder / f"{codec}.{kind}", files[codec], 12)
     return files
 
 
@@ -142,7 +143,7 @@ def cases(files: dict[str, Path]) -> Iterator[Case]:
     yield Case("1 h H.264 mp4", files["hour.mp4"], 64, full)
     yield Case("1 h H.264 mp4", files["hour.mp4"], 256, {"ours": ours})
     yield Case("1 h H.264 mkv", files["hour.mkv"], 256, {"ours": ours})
-    yield Case("1 min H.264, one keyframe", files["endless"], 60, full)
+    yield Case("20 s H.264, one keyframe", files["endless"], 20, full)
     yield Case("1 min HEVC", files["libx265"], 60, full)
     yield Case("1 min VP9", files["libvpx-vp9"], 60, full)
     no_decord = {name: way for name, way in full.items() if "decord" not in name}
