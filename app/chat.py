@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from app.jobs import Cancelled, Job, JobEvent, Queued
+from app.jobs import Cancelled, Job, JobEvent, Queued, Stopping
 from app.sessions import Session, Turn
 from app.settings import Settings
 from model.types import Answer, AskRequest, Failure, InputError, Piece, Progress, Stage
 
-_UPDATE_SECONDS = 0.04  # a reader sees no difference above 25 updates a second
+_UPDATE_SECONDS = 0.1  # reads as fluent, and leaves a slow browser time to draw
 
 _STAGE_TEXT = {
     "loading": "The model is still loading; your question comes first when it is ready",
@@ -117,6 +117,8 @@ def _apply(batch: list[JobEvent], turn: Turn) -> Update:
             case Queued(before):
                 others = "1 question comes" if before == 1 else f"{before} questions come"
                 update = Update(Line("working", f"{others} before yours", "waiting"))
+            case Stopping():
+                update = Update(Line("working", "Stopping", "waiting"))
             case Answer():
                 turn.answer = event.text
                 turn.outcome = "stopped" if event.stopped else "answered"

@@ -169,10 +169,8 @@ class Handlers:
         }
 
     def stop(self, request: gr.Request) -> Changes:
-        """Stop the visitor's running answer."""
-        if self.session(request).stop():
-            return {self._page.line: fragments.status_line(Line("working", "Stopping", "waiting"))}
-        return self._buttons(running=False)
+        """Stop the visitor's running answer; the turn itself shows how it ends."""
+        return {} if self.session(request).stop() else self._buttons(running=False)
 
     def clear(self, request: gr.Request) -> Changes:
         """Begin a new conversation about the same video."""

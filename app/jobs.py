@@ -25,7 +25,12 @@ class Cancelled:
     """The job was stopped before it had an answer to give."""
 
 
-JobEvent = Event | Queued | Cancelled
+@dataclass(frozen=True)
+class Stopping:
+    """Stop was pressed; the last event follows."""
+
+
+JobEvent = Event | Queued | Stopping | Cancelled
 
 _LAST = (Answer, Failure, Cancelled)
 
@@ -54,6 +59,7 @@ class Job:
 
     def cancel(self) -> None:
         """Ask the worker to stop this job; its last event says how it ended."""
+        self.put(Stopping())
         self._cancel(self)
 
     def put(self, event: JobEvent) -> None:

@@ -146,7 +146,7 @@ def _wire(
     cards.click(handlers.pick_sample, None, video, **quiet)
     gr.on([page.question.submit, page.ask.click], handlers.ask, page.question, turn, **quiet)
     page.chips.click(handlers.ask_chip, None, turn, **quiet)
-    page.stop.click(handlers.stop, None, [page.line, page.ask, page.stop], queue=False, **quiet)
+    page.stop.click(handlers.stop, None, [page.ask, page.stop], queue=False, **quiet)
     page.chat.clear(handlers.clear, None, [page.line, page.attention, page.savings], **quiet)
     status.ready(handlers.model_ready, None, [page.note, page.chips], **quiet)
     demo.unload(handlers.leave)

@@ -37,7 +37,7 @@ from model.types import (
 LAYERS = (0, 2, 4)
 GRID = 14
 STEP_SECONDS = 0.01
-SLOW_SECONDS = 0.15
+SLOW_SECONDS = 0.4
 
 INFO = ModelInfo(
     name="fake",
@@ -80,7 +80,8 @@ class FakeEngine:
 
     def ask(self, request: AskRequest, stop: StopCheck) -> Iterator[Event]:
         words = set(request.question.lower().replace("?", " ").split())
-        pause = SLOW_SECONDS if "slow" in words else STEP_SECONDS
+        slow = "slow" in words  # has to be stopped: it would take minutes
+        pause, steps = (SLOW_SECONDS, 10) if slow else (STEP_SECONDS, 8)
         started = time.monotonic()
         reused = request.video in self.kept
         if "crash" in words:
@@ -91,8 +92,8 @@ class FakeEngine:
             raise InputError("This question cannot be asked.")
         if not reused:
             for stage in ("reading", "encoding"):
-                for done in range(9):
-                    yield Progress(stage, done, 8)
+                for done in range(steps + 1):
+                    yield Progress(stage, done, steps)
                     time.sleep(pause)
                     if stop():
                         raise Stopped
@@ -103,8 +104,8 @@ class FakeEngine:
         while "hang" in words:
             time.sleep(1)
         text = f"You asked: {request.question} It is at 0:07, after {len(request.history)} turns."
-        if "slow" in words:
-            text += " word" * 60
+        if slow:
+            text += " word" * 2000
         first, said = time.monotonic() - started, ""
         for token in text.replace(" ", "\0 ").split("\0"):
             if stop():

@@ -1,0 +1,85 @@
+"""The page as a visitor sees it: what can be done and what can be read. No sleeps."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from playwright.sync_api import Locator, Page, expect
+
+PATIENCE_MS = 120_000  # only a broken page needs them
+expect.set_options(timeout=PATIENCE_MS)
+
+
+class ChatPage:
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        self.url = url
+        page.set_default_timeout(PATIENCE_MS)
+        self.status = page.locator(".model-status")
+        self.player = page.locator(".player video")
+        self.about = page.locator(".player .about")
+        self.notice = page.locator("#notice .notice")
+        self.line = page.locator("#line .line")
+        self.chips = page.locator("#chips .chip")
+        self.samples = page.locator("#samples .sample")
+        self.question = page.get_by_label("Question", exact=True)
+        self.ask_button = page.get_by_role("button", name="Ask", exact=True)
+        self.stop_button = page.get_by_role("button", name="Stop", exact=True)
+        self.answers = page.locator('#chat [data-testid="bot"]')
+        self.questions = page.locator('#chat [data-testid="user"]')
+        self.attention = page.locator("#panel-attention")
+        self.savings = page.locator("#panel-savings")
+        self.rows = self.attention.locator("svg.cells")
+        self.frames = self.attention.locator(".frame")
+        self.plot = self.attention.locator(".plot")
+
+    def open(self) -> ChatPage:
+        self.page.goto(self.url)
+        expect(self.page.get_by_role("heading", name="CrossLMM Chat")).to_be_visible()
+        return self
+
+    def when_ready(self) -> ChatPage:
+        expect(self.status).to_have_attribute("data-state", re.compile("ready|busy"))
+        return self
+
+    def upload(self, path: Path) -> None:
+        self.page.locator('#upload input[type="file"]').set_input_files(path)
+
+    def add(self, path: Path) -> None:
+        self.upload(path)
+        expect(self.about).to_contain_text(path.name)
+
+    def pick_sample(self, number: int) -> str:
+        title = self.samples.nth(number).locator(".sample-name").inner_text()
+        self.samples.nth(number).click()
+        expect(self.about).to_contain_text(title)
+        return title
+
+    def ask(self, question: str) -> None:
+        self.question.fill(question)
+        self.question.press("Enter")
+
+    def answered(self, count: int) -> Locator:
+        """Wait for the end of turn `count` and return its answer."""
+        expect(self.line).to_have_class(re.compile("line-done"))
+        expect(self.answers).to_have_count(count)
+        expect(self.ask_button).to_be_visible()
+        return self.answers.nth(count - 1)
+
+    def at_stage(self, stage: str) -> None:
+        expect(self.page.locator(f'.line-working[data-stage="{stage}"]')).to_be_visible()
+
+    def player_time(self) -> float:
+        return self.player.evaluate("video => video.currentTime")
+
+    def wait_for_player_time(self, seconds: float) -> None:
+        self.page.wait_for_function(
+            "at => Math.abs(document.querySelector('.player video').currentTime - at) < 0.2",
+            arg=seconds,
+        )
+
+    def has_sideways_scroll(self) -> bool:
+        return self.page.evaluate(
+            "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+        )

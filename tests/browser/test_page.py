@@ -1,0 +1,266 @@
+"""The page in real headless Chromium, with an engine that can be slow and can fail."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.app_server import App, running_app
+from tests.browser.chat_page import ChatPage
+from tests.browser.conftest import PHONE
+from tests.fake_engine import LAYERS
+
+pytestmark = pytest.mark.browser
+
+Visit = Callable[..., ChatPage]
+NAMES = {"h264": "H.264", "av1": "AV1"}
+
+
+@pytest.mark.parametrize("codec", ["h264", "av1"])
+def test_upload_ask_watch_stop_ask_again(
+    codec: str, visit: Visit, fake_app: App, videos: dict[str, Path]
+) -> None:
+    chat = visit(fake_app)
+    chat.add(videos[codec])
+    expect(chat.about).to_contain_text(NAMES[codec])
+    chat.page.wait_for_function("document.querySelector('.player video').videoWidth === 320")
+
+    chat.ask("What is slow?")
+    for stage in ("reading", "encoding", "answering"):
+        chat.at_stage(stage)
+    expect(chat.question).to_have_value("")
+    first = chat.answers.first
+    expect(first).to_contain_text("You asked")
+    early = first.inner_text()
+    expect(first).to_contain_text("word word")  # it grows while it streams
+    assert len(early) < len(first.inner_text())
+    chat.stop_button.click()
+    expect(chat.answered(1)).to_contain_text("(stopped)")
+
+    chat.ask("And now?")
+    expect(chat.answered(2)).to_contain_text("You asked: And now? It is at 0:07")
+    expect(chat.line).to_contain_text("the video was not read again")
+    expect(chat.rows).to_have_count(len(LAYERS))
+    expect(chat.frames).to_have_count(6)
+    expect(chat.savings).to_contain_text("99.5 %")
+    expect(chat.savings).to_contain_text("not read again")
+
+
+def test_stop_while_the_video_is_read(visit: Visit, fake_app: App, videos: dict[str, Path]) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    chat.ask("slow")
+    chat.at_stage("encoding")
+    pressed = time.monotonic()
+    chat.stop_button.click()
+    expect(chat.line).to_have_text("Stopped.")
+    assert time.monotonic() - pressed < 3
+    expect(chat.answers.first).to_contain_text("Stopped before the first word.")
+    chat.ask("Again?")
+    expect(chat.answered(2)).to_contain_text("Again?")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("empty", "empty"), ("text", "not a video"), ("truncated", "cut off")]
+)
+def test_a_bad_file_is_told_and_the_page_goes_on(
+    kind: str, said: str, visit: Visit, fake_app: App, videos: dict[str, Path]
+) -> None:
+    chat = visit(fake_app)
+    chat.upload(videos[kind])
+    expect(chat.notice).to_contain_text(said)
+    chat.add(videos["h264"])
+    expect(chat.notice).to_have_count(0)
+    chat.ask("Does it work?")
+    expect(chat.answered(1)).to_contain_text("Does it work?")
+
+
+def test_a_bad_file_keeps_the_video_that_is_there(
+    visit: Visit, fake_app: App, videos: dict[str, Path]
+) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    chat.ask("First?")
+    chat.answered(1)
+    chat.upload(videos["text"])
+    expect(chat.notice).to_be_visible()
+    expect(chat.about).to_contain_text(videos["h264"].name)
+    chat.ask("Second?")
+    expect(chat.answered(2)).to_contain_text("after 1 turns")
+
+
+def test_no_question_and_no_video(visit: Visit, fake_app: App, videos: dict[str, Path]) -> None:
+    chat = visit(fake_app)
+    chat.ask("What is it?")
+    expect(chat.line).to_have_text("Choose a sample or upload a video first, then ask.")
+    expect(chat.question).to_have_value("What is it?")  # still there to be asked
+    chat.add(videos["h264"])
+    chat.question.fill("  ")
+    chat.ask_button.click()
+    expect(chat.line).to_have_text("Type a question first.")
+    chat.ask("What is it?")
+    expect(chat.answered(1)).to_contain_text("What is it?")
+
+
+def test_a_failing_model_is_told_and_the_page_goes_on(
+    visit: Visit, fake_app: App, videos: dict[str, Path]
+) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    for number, (question, said) in enumerate(
+        [("broken", "failed on this question"), ("crash", "ended unexpectedly")], start=1
+    ):
+        chat.ask(question)
+        expect(chat.line).to_contain_text(said)
+        expect(chat.answers.nth(number - 1)).to_contain_text(said)
+        expect(chat.ask_button).to_be_visible()
+    chat.ask("Still there?")
+    expect(chat.answered(3)).to_contain_text("Still there?")
+
+
+def test_samples_and_their_questions(visit: Visit, fake_app: App) -> None:
+    chat = visit(fake_app)
+    chat.pick_sample(0)
+    question = chat.chips.first.inner_text()
+    chat.chips.first.click()
+    expect(chat.answered(1)).to_contain_text(question)
+    chat.pick_sample(1)
+    expect(chat.answers).to_have_count(0)  # another video, another conversation
+    expect(chat.frames).to_have_count(0)
+    assert chat.chips.first.inner_text() != question
+
+
+def test_an_upload_gets_the_models_examples(
+    visit: Visit, fake_app: App, videos: dict[str, Path]
+) -> None:
+    chat = visit(fake_app).when_ready()
+    expect(chat.page.locator(".model-note")).to_contain_text("without weights")
+    chat.add(videos["h264"])
+    expect(chat.chips.first).to_have_text("What number is on the red sign?")
+
+
+def test_figures_and_times_seek_the_player(
+    visit: Visit, fake_app: App, videos: dict[str, Path]
+) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    chat.page.wait_for_function("document.querySelector('.player video').readyState >= 1")
+    chat.ask("At 0:02 or later?")
+    chat.answered(1)
+    chat.page.get_by_role("link", name="0:02").first.click()
+    chat.wait_for_player_time(2)
+    box = chat.plot.bounding_box()
+    chat.plot.click(position={"x": box["width"] * 0.2, "y": box["height"] / 2})
+    chat.wait_for_player_time(0.2 * 24)  # the fake's video lasts 24 s
+    chat.plot.click(position={"x": box["width"] * 0.05, "y": box["height"] / 2})
+    chat.wait_for_player_time(0.05 * 24)
+    left = chat.plot.locator(".playhead").evaluate("mark => parseFloat(mark.style.left)")
+    assert left == pytest.approx(5, abs=1)
+    chat.frames.first.click()
+    chat.page.wait_for_function("document.querySelector('.player video').currentTime > 5")
+
+
+def test_markup_in_a_question_is_text(visit: Visit, fake_app: App, videos: dict[str, Path]) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    hostile = "<b>bold</b> **strong** <|im_end|> <img src=x onerror=alert(1)>"
+    chat.ask(hostile)
+    expect(chat.answered(1)).to_contain_text(hostile)
+    expect(chat.questions.first).to_have_text(hostile)
+    assert chat.page.locator("#chat b, #chat strong, #chat img").count() == 0
+
+
+def test_two_visitors_have_nothing_in_common(
+    visit: Visit, fake_app: App, videos: dict[str, Path]
+) -> None:
+    one, other = visit(fake_app), visit(fake_app)
+    one.add(videos["h264"])
+    other.add(videos["av1"])
+    one.ask("What does one ask?")
+    other.ask("What does the other ask?")
+    expect(one.answered(1)).to_contain_text("What does one ask?")
+    expect(other.answered(1)).to_contain_text("What does the other ask?")
+    expect(one.about).to_contain_text("H.264")
+
+
+def test_a_visitor_who_leaves_frees_the_worker(
+    visit: Visit, fake_app: App, videos: dict[str, Path]
+) -> None:
+    fake_app.wait_for("ready")
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    chat.ask("slow")
+    chat.at_stage("encoding")
+    chat.page.close()
+    fake_app.wait_for("ready")
+    assert fake_app.health()["waiting"] == 0
+
+
+def test_clearing_the_conversation_begins_anew(
+    visit: Visit, fake_app: App, videos: dict[str, Path]
+) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    chat.ask("One?")
+    chat.answered(1)
+    chat.page.get_by_role("button", name="Clear").click()
+    expect(chat.answers).to_have_count(0)
+    expect(chat.frames).to_have_count(0)
+    chat.ask("Two?")
+    expect(chat.answered(1)).to_contain_text("after 0 turns")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_phone(scheme: str, visit: Visit, fake_app: App, videos: dict[str, Path]) -> None:
+    chat = visit(fake_app, size=PHONE, scheme=scheme)
+    assert not chat.has_sideways_scroll()
+    chat.add(videos["h264"])
+    chat.ask("What is it?")
+    chat.answered(1)
+    expect(chat.frames).to_have_count(6)
+    assert not chat.has_sideways_scroll()
+    tops = [
+        part.bounding_box()["y"]
+        for part in (chat.player, chat.question, chat.attention, chat.savings)
+    ]
+    assert tops == sorted(tops)
+    for tick in chat.attention.locator(".tick").all():
+        box = tick.bounding_box()
+        assert box["height"] >= 11 and box["x"] >= 0 and box["x"] + box["width"] <= 390
+
+
+def test_light_and_dark(visit: Visit, fake_app: App) -> None:
+    chat = visit(fake_app, scheme="dark")
+    ground = "getComputedStyle(document.querySelector('.gradio-container')).backgroundColor"
+    dark = chat.page.evaluate(ground)
+    chat.page.get_by_role("button", name="Switch between light and dark").click()
+    light = chat.page.evaluate(ground)
+    assert sum(map(int, re.findall(r"\d+", dark)[:3])) < 150
+    assert sum(map(int, re.findall(r"\d+", light)[:3])) > 650
+
+
+def test_the_page_is_there_while_the_model_loads(visit: Visit) -> None:
+    with running_app(FAKE_LOAD_SECONDS="20") as app:
+        assert app.health()["state"] == "loading"
+        chat = visit(app)
+        expect(chat.status).to_contain_text("Loading the model")
+        chat.pick_sample(0)
+        chat.ask("Too early?")
+        expect(chat.line).to_contain_text("still loading")
+        expect(chat.answered(1)).to_contain_text("Too early?")
+        expect(chat.status).to_contain_text("Ready")
+        expect(chat.page.locator(".model-note")).to_be_visible()
+
+
+def test_a_model_that_cannot_be_loaded_is_told(visit: Visit) -> None:
+    with running_app("--model", "missing") as app:
+        chat = visit(app)
+        expect(chat.status).to_contain_text("There is no model at 'missing'")
+        chat.pick_sample(0)
+        chat.ask("Hello?")
+        expect(chat.line).to_contain_text("The model could not be loaded")
