@@ -9,7 +9,7 @@ Shapes: H heads, L chosen tokens, T frames, N original tokens per frame, P poole
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -33,7 +33,8 @@ class MapCapture:
     v2v: bool = False  # keep V2V patch weights while a video is built
     t2v_queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # (H, L, d)
     self_queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # (H, L, d)
-    v2v_weights: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # (n, P, keys)
+    v2v_weights: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # (P, keys) a frame
+    v2v_mass: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # (P, T) a frame
 
     def add_t2v(self, layer: int, query: torch.Tensor) -> None:
         """Called by the T2V branch with (1, H, L, d)."""
@@ -56,8 +57,23 @@ class MapCapture:
             scores = (q.unflatten(0, (-1, groups)) @ k.unsqueeze(1).mT).float() * scaling
             if mask is not None:
                 scores = scores.masked_fill(~mask[start], float("-inf"))
-            weights = scores.softmax(-1).mean((0, 1)).to(torch.float16)  # (P, keys)
+            weights = scores.softmax(-1).mean((0, 1))  # (P, keys)
             self.v2v_weights.setdefault(layer, []).append(weights)
+
+    def add_v2v_mass(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, frames: int, scaling: float
+    ) -> None:
+        """Called in `video` scope with (1, H, T * P, d) and (1, Hkv, M, d): mass per frame only.
+
+        Patch weights would be a (T * P, M) array; `v2v_mass` gets (T, P, T) instead.
+        """
+        if not self.v2v:
+            return
+        tokens = key.shape[2] // frames
+        for rows in query[0].chunk(frames, dim=1):  # frame by frame
+            blocks = key[0].split(_block_tokens(rows, tokens), dim=1)
+            mass = _frame_totals(rows, blocks, tokens, scaling).softmax(-1).mean(0)
+            self.v2v_mass.setdefault(layer, []).append(mass)
 
     @contextmanager
     def self_attention(self, crosslmm: CrossLMMForConditionalGeneration) -> Iterator[None]:
@@ -89,6 +105,23 @@ def _frame_scores(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> to
     return scores.unflatten(1, (groups, -1)).flatten(0, 1).unflatten(-1, keys.shape[1:3])
 
 
+def _block_tokens(query: torch.Tensor, tokens_per_frame: int) -> int:
+    """How many keys, in whole frames, may be scored at once."""
+    per_token = query.shape[0] * query.shape[1] * 4
+    return max(1, SCORE_BYTES // (per_token * tokens_per_frame)) * tokens_per_frame
+
+
+def _frame_totals(
+    query: torch.Tensor, blocks: Iterable[torch.Tensor], tokens_per_frame: int, scaling: float
+) -> torch.Tensor:
+    """Log-sum-exp of the scores on each frame, (H, L, T), from blocks of keys (Hkv, m, d)."""
+    parts = [
+        _frame_scores(query, keys.unflatten(1, (-1, tokens_per_frame)), scaling).logsumexp(-1)
+        for keys in blocks
+    ]
+    return torch.cat(parts, dim=-1)
+
+
 @torch.inference_mode()
 def frame_mass(
     query: torch.Tensor, store: KeyValueStore, tokens_per_frame: int, scaling: float
@@ -100,13 +133,8 @@ def frame_mass(
         log_total: (H, L) log-sum-exp of all scores, for `patch_weights`.
 
     """
-    per_token = query.shape[0] * query.shape[1] * 4
-    frames = max(1, SCORE_BYTES // (per_token * tokens_per_frame))
-    parts = []
-    for keys, _ in store.blocks(frames * tokens_per_frame):
-        scores = _frame_scores(query, keys[0].unflatten(1, (-1, tokens_per_frame)), scaling)
-        parts.append(scores.logsumexp(-1))
-    per_frame = torch.cat(parts, dim=-1)
+    blocks = (keys[0] for keys, _ in store.blocks(_block_tokens(query, tokens_per_frame)))
+    per_frame = _frame_totals(query, blocks, tokens_per_frame, scaling)
     return per_frame.softmax(-1), per_frame.logsumexp(-1)
 
 

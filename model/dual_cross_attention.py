@@ -53,7 +53,6 @@ class VisualContext:
     # branches' pre-normalisation of keys and values, done once for all of them.
     memory: torch.Tensor | None = None
     earlier: torch.Tensor | None = None  # (B, w, N, D) the frames before them (window scope)
-    v2v_memory: torch.Tensor | None = None  # (B, T', N, D) in video scope, when it is not `memory`
     frame_mask: torch.Tensor | None = None  # (B, T) bool, False where a frame is padding
     visual_index: torch.Tensor | None = None  # (B, T * P) columns of the pooled tokens
     text_start: int = 0  # first column that may hold text after the video
@@ -207,20 +206,23 @@ class DualCrossAttention(nn.Module):
         batch, frames = context.memory.shape[:2]
         per_frame = self.pooled_tokens_per_frame
         query = self.v2v.queries(hidden)  # (B, H, T*P, d)
+        capture = None if context.state is None else context.state.capture
         if self.scope == "video":
-            memory = context.memory if context.v2v_memory is None else context.v2v_memory
+            memory = context.memory
             key, value = self.v2v.keys_values(memory.flatten(1, 2))
             mask = None
             if context.frame_mask is not None:
                 mask = token_mask(context.frame_mask, memory.shape[2])
+            if capture is not None:
+                capture.add_v2v_mass(self.layer_idx, query, key, frames, self.v2v.scaling)
             return self.v2v.gated(attend(query, key, value, mask, self.v2v))
 
         # One row per frame: (B*T, H, P, d) looks at (B*T, Hkv, (w+1)*N, d).
         query = query.unflatten(2, (frames, per_frame)).transpose(1, 2).flatten(0, 1)
         key, value, mask = self._frame_keys(context)
         out = attend(query, key, value, mask, self.v2v)
-        if context.state is not None and context.state.capture is not None:
-            context.state.capture.add_v2v(self.layer_idx, query, key, mask, self.v2v.scaling)
+        if capture is not None:
+            capture.add_v2v(self.layer_idx, query, key, mask, self.v2v.scaling)
         out = out.unflatten(0, (batch, frames)).transpose(1, 2).flatten(2, 3)  # (B, H, T*P, d)
         return self.v2v.gated(out)
 

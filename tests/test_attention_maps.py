@@ -205,10 +205,27 @@ def test_visual_maps_equal_the_full_softmax(settings: dict, kernel: str) -> None
             with torch.inference_mode():
                 query = branch.queries(pooled[None, 4 * t : 4 * t + 4])[0]
                 full = softmax(query, branch.keys_values(keys)[0][0]).mean(0).float()
-            seen = weights[t].float()
-            # Kept in 16 bits: half a unit in the last place of each weight.
-            torch.testing.assert_close(seen[:, -full.shape[1] :], full, atol=1e-6, rtol=2**-11)
+            seen = weights[t]
+            torch.testing.assert_close(seen[:, -full.shape[1] :], full, **CLOSE)
             assert not seen[:, : -full.shape[1]].any()  # frames before the first
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_visual_mass_in_video_scope_equals_the_full_softmax(kernel: str) -> None:
+    crosslmm = tiny_model(v2v_scope="video")
+    crosslmm.set_attn_implementation(kernel)
+    capture, seen = MapCapture(v2v=True), {}
+    module = crosslmm.model.language_model.layers[0].dual_cross_attention
+    hook = module.register_forward_pre_hook(lambda _, args: seen.update(args=args))
+    build(crosslmm, capture)
+    hook.remove()
+    hidden, context = seen["args"]
+    with torch.inference_mode():
+        query = module.v2v.queries(hidden)[0]
+        keys, _ = module.v2v.keys_values(context.memory.flatten(1, 2))
+        full = softmax(query, keys[0]).mean(0).float()  # (T * P, M)
+    mass = full.unflatten(-1, (FRAMES, -1)).sum(-1)
+    torch.testing.assert_close(torch.cat(capture.v2v_mass[0]), mass, **CLOSE)
 
 
 def test_self_attention_equals_the_full_softmax_for_every_layer() -> None:
