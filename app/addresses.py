@@ -6,15 +6,13 @@ import ipaddress
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 Resolver = Callable[[str], Sequence[str]]
 
 WEB_PORTS = frozenset({80, 443, 8080, 8443})
-
-_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # Written out, because what Python calls global differs between its versions.
 _FORBIDDEN_IPV4 = tuple(
@@ -109,10 +107,7 @@ def is_own(text: str) -> bool:
 
 def resolve(name: str) -> tuple[str, ...]:
     """Ask the system for the addresses of a name; raises `OSError` when there are none."""
-    try:
-        found = _getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except UnicodeError as error:  # a name that cannot exist
-        raise socket.gaierror(socket.EAI_NONAME, "no such name") from error
+    found = _getaddrinfo(name, None, type=socket.SOCK_STREAM)
     return tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
@@ -127,6 +122,7 @@ class Guard:
 
     resolve: Resolver = resolve
     allow: tuple[str, int] | None = None
+    ports: Container[int] = WEB_PORTS
     refused: bool = field(default=False, init=False)  # whether an address was refused so far
     _known: dict[str, tuple[str, ...]] = field(default_factory=dict, init=False)
 
@@ -143,7 +139,12 @@ class Guard:
         self, host: str | bytes | None, port: str | int | None, *_: Any, **__: Any
     ) -> list[tuple[Any, ...]]:
         """Stand in for `socket.getaddrinfo`: one look-up for each name, every address checked."""
-        name = host.decode("ascii", "replace") if isinstance(host, bytes) else host or ""
+        try:
+            name = (
+                host.decode() if isinstance(host, bytes) else (host or "").encode("idna").decode()
+            )
+        except UnicodeError as error:  # a name that cannot exist
+            raise socket.gaierror(socket.EAI_NONAME, "no such name") from error
         if name not in self._known:
             self._known[name] = tuple(self.resolve(name))
         number = int(port or 0)
@@ -163,7 +164,7 @@ class Guard:
                 if (host, port) == self.allow:
                     return
                 # A name is not public either: what it stands for would be looked up unseen.
-                if port in WEB_PORTS and is_public(host) and not is_own(host):
+                if port in self.ports and is_public(host) and not is_own(host):
                     return
         self.refused = True
         raise Forbidden("Only public web servers may be contacted.")
@@ -171,16 +172,12 @@ class Guard:
     def _watch(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "socket.connect":
             self.check(arguments[1])
-        elif event in _CLOSED_EVENTS:
-            _refuse_event(event)
-        elif event == "subprocess.Popen" and not _is_deno(arguments[0]):
-            _refuse_event(event)
+        elif event in _CLOSED_EVENTS or (
+            event == "subprocess.Popen" and not _is_deno(arguments[0])
+        ):
+            raise Forbidden(f"{event} is closed while a video is fetched.")
 
 
 def _is_deno(program: Any) -> bool:
     # Solves the puzzles of some sites. It runs their scripts without any right to files or network.
     return os.path.basename(os.fsdecode(program)) == "deno"
-
-
-def _refuse_event(event: str) -> NoReturn:
-    raise Forbidden(f"{event} is closed while a video is fetched.")

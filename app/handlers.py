@@ -68,9 +68,9 @@ class Handlers:
 
     async def upload(self, path: str | None, request: gr.Request) -> Changes:
         """Take an uploaded file, or say what is wrong with it."""
-        if path is None:
-            return {}
         page = self._page
+        if path is None:
+            return {page.upload: gr.skip()}
         try:
             await self.take(self.session(request), path)
         except InputError as error:
@@ -170,7 +170,9 @@ class Handlers:
 
     def stop(self, request: gr.Request) -> Changes:
         """Stop the visitor's running answer; the turn itself shows how it ends."""
-        return {} if self.session(request).stop() else self._buttons(running=False)
+        if self.session(request).stop():
+            return {self._page.stop: gr.skip()}
+        return self._buttons(running=False)
 
     def clear(self, request: gr.Request) -> Changes:
         """Begin a new conversation about the same video."""

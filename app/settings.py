@@ -100,6 +100,13 @@ class Settings:
     max_video_seconds: float = option(
         4 * 3600.0, "limits", float, "longest video that is taken", "S"
     )
+    max_fetch_bytes: int = option(
+        500 * 10**6, "limits", parse_bytes, "most that is downloaded from a pasted address", "SIZE"
+    )
+    max_fetch_seconds: float = option(
+        600.0, "limits", float, "longest time that such a download may take", "S"
+    )
+    max_fetches: int = option(4, "limits", int, "such downloads at the same time", "N")
     max_question_chars: int = option(2000, "limits", int, "longest question", "N")
     max_history_turns: int = option(
         8, "limits", int, "earlier questions that the model is told of", "N"

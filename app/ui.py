@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +131,19 @@ def _composer(settings: Settings) -> tuple[gr.Textbox, gr.Button, gr.Button]:
 def _wire(
     demo: gr.Blocks, handlers: Handlers, page: Components, cards: gr.HTML, status: gr.HTML
 ) -> None:
-    quiet: dict[str, Any] = {
-        "show_progress": "hidden",
-        "api_visibility": "private",
-        "concurrency_limit": None,
-    }
+    def on(trigger: Any, fn: Any, inputs: Any, outputs: list[Any], **more: Any) -> None:
+        # Named apart from the endpoints for programs, which are in api.py.
+        trigger(
+            fn,
+            inputs,
+            outputs,
+            show_progress="hidden",
+            api_name=f"page_{fn.__name__}",
+            api_visibility="private",
+            concurrency_limit=None,
+            **more,
+        )
+
     video = [
         page.upload, page.notice, page.player, page.chat, page.line, page.chips,
         page.attention, page.savings,
@@ -142,13 +151,13 @@ def _wire(
     turn = [
         page.question, page.chat, page.line, page.ask, page.stop, page.attention, page.savings,
     ]  # fmt: skip
-    page.upload.upload(handlers.upload, page.upload, video, **quiet)
-    cards.click(handlers.pick_sample, None, video, **quiet)
-    gr.on([page.question.submit, page.ask.click], handlers.ask, page.question, turn, **quiet)
-    page.chips.click(handlers.ask_chip, None, turn, **quiet)
-    page.stop.click(handlers.stop, None, [page.ask, page.stop], queue=False, **quiet)
-    page.chat.clear(handlers.clear, None, [page.line, page.attention, page.savings], **quiet)
-    status.ready(handlers.model_ready, None, [page.note, page.chips], **quiet)
+    on(page.upload.upload, handlers.upload, page.upload, video)
+    on(cards.click, handlers.pick_sample, None, video)
+    on(partial(gr.on, [page.question.submit, page.ask.click]), handlers.ask, page.question, turn)
+    on(page.chips.click, handlers.ask_chip, None, turn)
+    on(page.stop.click, handlers.stop, None, [page.ask, page.stop], queue=False)
+    on(page.chat.clear, handlers.clear, None, [page.line, page.attention, page.savings])
+    on(status.ready, handlers.model_ready, None, [page.note, page.chips])
     demo.unload(handlers.leave)
 
 

@@ -40,6 +40,10 @@ def visit(chromium: Browser) -> Iterator[Callable[..., ChatPage]]:
     def watch(page: Page, url: str) -> None:
         page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
         page.on(
+            "response",
+            lambda reply: reply.status < 500 or problems.append(f"{reply.status} of {reply.url}"),
+        )
+        page.on(
             "request",
             lambda request: (
                 request.url.startswith((url, "data:", "blob:"))

@@ -236,7 +236,7 @@ def test_phone(scheme: str, visit: Visit, fake_app: App, videos: dict[str, Path]
 
 def test_light_and_dark(visit: Visit, fake_app: App) -> None:
     chat = visit(fake_app, scheme="dark")
-    ground = "getComputedStyle(document.querySelector('.gradio-container')).backgroundColor"
+    ground = "getComputedStyle(document.body).backgroundColor"
     dark = chat.page.evaluate(ground)
     chat.page.get_by_role("button", name="Switch between light and dark").click()
     light = chat.page.evaluate(ground)

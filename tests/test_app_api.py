@@ -1,0 +1,143 @@
+"""The running app from outside: named endpoints, our own addresses, the page process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+
+from tests.app_server import ROOT, App, fetch, running_app
+from tests.fake_engine import LAYERS
+
+
+@pytest.fixture
+def client(fake_app: App) -> Client:
+    return Client(fake_app.url, verbose=False)
+
+
+def until(job: object, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, job
+        time.sleep(0.02)
+
+
+def test_five_lines_of_a_client(client: Client, videos: dict[str, Path]) -> None:
+    added = client.predict(handle_file(videos["av1"]), api_name="/add_video")
+    assert (added["title"], added["codec"]) == (videos["av1"].name, "av1")
+    job = client.submit("What is it?", api_name="/ask")
+    told = job.result(60)
+    assert told["answer"].startswith("You asked: What is it?")
+    assert told["tokens"] == {"original": 9408, "pooled": 48, "text": 20, "generated": 12}
+    assert len(told["attention"]["t2v"]) == len(LAYERS)
+    assert len(told["attention"]["times"]) == len(told["frame_times"]) == 48
+    assert not told["memory_reused"]
+    streamed = [one["answer"] for one in job.outputs()]
+    assert streamed == sorted(streamed, key=len)
+    assert client.predict("And then?", api_name="/ask")["memory_reused"]
+
+
+def test_samples_have_names(client: Client) -> None:
+    with pytest.raises(AppError, match="The samples are: "):
+        client.predict("No such", api_name="/add_sample")
+    assert client.predict("Forty seconds", api_name="/add_sample")["duration"] > 30
+
+
+def test_stop(client: Client, videos: dict[str, Path]) -> None:
+    client.predict(handle_file(videos["h264"]), api_name="/add_video")
+    job = client.submit("slow", api_name="/ask")
+    until(job, lambda: any(one["answer"] for one in job.outputs()))
+    assert client.predict(api_name="/stop") is True
+    assert job.result(60)["stopped"]
+    assert client.predict(api_name="/stop") is False
+    assert client.predict("Quick?", api_name="/ask")["answer"].startswith("You asked: Quick?")
+
+
+def test_problems_are_sentences(client: Client, videos: dict[str, Path]) -> None:
+    with pytest.raises(AppError, match="Choose a sample or upload a video first"):
+        client.predict("What?", api_name="/ask")
+    for kind, said in (("empty", "empty"), ("text", "not a video"), ("truncated", "cut off")):
+        with pytest.raises(AppError, match=said):
+            client.predict(handle_file(videos[kind]), api_name="/add_video")
+    client.predict(handle_file(videos["h264"]), api_name="/add_video")
+    with pytest.raises(AppError, match="Type a question first"):
+        client.predict(" ", api_name="/ask")
+    with pytest.raises(AppError, match="failed on this question"):
+        client.predict("broken", api_name="/ask")
+
+
+def test_every_endpoint_is_named_and_documented(client: Client) -> None:
+    told = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(told) == {"/add_video", "/add_sample", "/ask", "/stop"}
+    assert all(endpoint["description"] for endpoint in told.values())
+
+
+def test_two_clients_do_not_share_a_video(fake_app: App, videos: dict[str, Path]) -> None:
+    one, other = (Client(fake_app.url, verbose=False) for _ in range(2))
+    one.predict(handle_file(videos["h264"]), api_name="/add_video")
+    with pytest.raises(AppError, match="first, then ask"):
+        other.predict("What?", api_name="/ask")
+
+
+def test_videos_are_served_by_token_in_parts(fake_app: App) -> None:
+    page = fetch(fake_app.url).decode()
+    token = page.split("media/")[1].split(".jpg")[0] + ".jpg"
+    request = urllib.request.Request(
+        fake_app.url + "media/" + token, headers={"Range": "bytes=0-99"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        assert (reply.status, len(reply.read())) == (206, 100)
+        assert reply.headers["Content-Type"] == "image/jpeg"
+        assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    for guess in ("nothing", "..%2f..%2fapp.py", token[:-5]):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            fetch(fake_app.url + "media/" + guess)
+
+
+def test_the_page_process_holds_no_torch(fake_app: App) -> None:
+    maps = Path(f"/proc/{fake_app.process.pid}/maps").read_text()
+    assert "/numpy/" in maps
+    assert "/torch/" not in maps
+
+
+def test_the_page_answers_before_the_model_is_loaded_and_within_five_seconds() -> None:
+    before = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import gradio"], check=True)
+    import_seconds = time.monotonic() - before  # says how busy this machine is
+    with running_app(FAKE_LOAD_SECONDS="600") as app:
+        assert app.health()["state"] == "loading"
+        assert app.answered - app.started < max(5.0, 3 * import_seconds)
+
+
+def test_a_signal_ends_the_page_and_its_worker() -> None:
+    with running_app() as app:
+        app.wait_for("ready")
+        children = psutil.Process(app.process.pid).children(recursive=True)
+        assert children
+        app.process.terminate()
+        assert app.process.wait(30) == 0
+    _, alive = psutil.wait_procs(children, 30)
+    assert not alive
+
+
+def test_a_port_in_use_is_told_in_a_sentence(fake_app: App) -> None:
+    port = fake_app.url.rstrip("/").rsplit(":", 1)[1]
+    run = subprocess.run(
+        [sys.executable, "app.py", "--port", port, "--engine", "tests.fake_engine:FakeEngine"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 1
+    assert "The page cannot be served" in run.stderr
+    assert "Traceback" not in run.stderr
