@@ -41,6 +41,10 @@ PROMOTE = 0.85  # exact-match accuracy at its highest level that lets a kind cli
 FIRST_KINDS = ("number", "word", "colour", "when", "where", "exists", "absent", "outside")
 FRAMES_PER_STEP = 80
 QUESTIONS_PER_VIDEO = 6
+# How often a kind is asked, where not 1: these can be asked of every video and would crowd out
+# the others.
+SHARE = {"outside": 0.08, "absent": 0.25, "exists": 0.5}
+TRIES = 8  # videos drawn to find one that allows a kind of question
 MOST_VIDEOS = 10  # of short ones: text then costs more than frames
 INTERVALS = (1, 1, 1, 2, 3, 5, 7)  # seconds between sampled frames, once "when" works
 HELD_OUT_SCENES = 400  # the library's last scenes are never trained on
@@ -129,7 +133,7 @@ class Curriculum:
 
     def weight(self, kind: str) -> float:
         """Kinds that are answered badly are asked more often."""
-        return 1.15 - self.accuracy[kind, self.level[kind]]
+        return SHARE.get(kind, 1.0) * (1.15 - self.accuracy[kind, self.level[kind]])
 
     def record(self, kind: str, level: int, right: bool) -> None:
         """Note one answer, and promote the kind when it is good enough at its top level."""
@@ -265,7 +269,7 @@ class Trainer:
             lr=args.learning_rate,
             betas=(0.9, 0.98),
         )
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.astray = 0, 0.0, 0.0
         self.checkpoint = args.out / "checkpoint.pt"
         if self.checkpoint.exists():
             self._resume()
@@ -304,8 +308,13 @@ class Trainer:
             varied = self.curriculum.level.get("when", 0) >= 2
             interval = rng.choice(INTERVALS) if varied else 1
             start = rng.choice((0, rng.uniform(0, 2400))) if varied else 0
-            video = self.library.video(rng, frames, interval, start)
-            found = questions(video.scenes, rng, kinds, video.times.tolist(), per_kind=3)
+            # Each video is made for one kind, or signs would be in too few of them.
+            (wanted,) = rng.choices(kinds, [self.curriculum.weight(kind) for kind in kinds])
+            for _ in range(TRIES):
+                video = self.library.video(rng, frames, interval, start)
+                found = questions(video.scenes, rng, kinds, video.times.tolist(), per_kind=3)
+                if any(qa.kind == wanted for qa in found):
+                    break
             if not found:
                 continue
             weights = [self.curriculum.weight(qa.kind) for qa in found]
@@ -361,7 +370,9 @@ class Trainer:
         total = loss
         guided = self.args.guide * max(0.0, 1 - done / 0.6)
         if guided:
-            total = total + guided * self.guide.loss(packed, videos)
+            off = self.guide.loss(packed, videos)
+            self.astray = 0.98 * self.astray + 0.02 * off.item()
+            total = total + guided * off
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(self.crosslmm.parameters(), 1.0)
@@ -394,7 +405,11 @@ class Trainer:
                     kind: f"{LEVELS[level]}:{self.curriculum.accuracy[kind, level]:.2f}"
                     for kind, level in self.curriculum.level.items()
                 }
-                print(f"{self.step} {self.seconds:.0f}s loss {average:.3f} {levels}", flush=True)
+                print(
+                    f"{self.step} {self.seconds:.0f}s loss {average:.3f} "
+                    f"astray {self.astray:.2f} {levels}",
+                    flush=True,
+                )
             if self.step % 500 == 0:
                 top = max(self.curriculum.level.values())
                 print(
