@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from app.jobs import Cancelled, Job, JobEvent, Queued, Stopping
+from app.panels.draw import seconds
 from app.sessions import Session, Turn
 from app.settings import Settings
 from model.types import Answer, AskRequest, Failure, InputError, Piece, Progress, Stage
@@ -144,7 +145,7 @@ def told(answer: Answer) -> str:
     """Sum a finished turn up in one line."""
     times = answer.timings
     parts = ["Stopped"] if answer.stopped else []
-    parts.append(f"First word after {times.first_token:.1f} s, {times.total:.1f} s in all")
+    parts.append(f"First word after {seconds(times.first_token)}, {seconds(times.total)} in all")
     if answer.memory_reused:
         parts.append("the video was not read again")
     return " · ".join([*parts, *answer.notices])

