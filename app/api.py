@@ -16,19 +16,32 @@ from app.settings import Settings
 from app.sources import Sample, Video
 from app.worker import Worker
 from model.ask import as_json
-from model.types import Answer, InputError
+from model.types import Answer, InputError, Stopped
 
 
 def add_endpoints(
     handlers: Handlers, worker: Worker, settings: Settings, samples: Sequence[Sample]
 ) -> None:
-    """Register `add_video`, `add_sample`, `ask` and `stop` with the page being built."""
+    """Register the endpoints with the page being built."""
 
     async def add_video(video: str | None, request: gr.Request) -> dict[str, Any]:
         """Add a video file to the session; later questions are about it."""
         if video is None:
             raise gr.Error("Give a video file, for example gradio_client.handle_file(path).")
         return await _added(handlers, request, video)
+
+    async def add_video_url(url: str, request: gr.Request) -> AsyncIterator[dict[str, Any]]:
+        """Add the video at a web address; streams how much has arrived, then what it is."""
+        try:
+            async for got in handlers.take_url(handlers.session(request), url):
+                if isinstance(got, Video):
+                    yield video_data(got)
+                else:
+                    yield {"stage": "fetching", "bytes": got.done, "total_bytes": got.total}
+        except InputError as error:
+            raise gr.Error(str(error)) from error
+        except Stopped as stopped:
+            raise gr.Error("The download was cancelled.") from stopped
 
     async def add_sample(title: str, request: gr.Request) -> dict[str, Any]:
         """Use one of the samples that come with the app, by its title."""
@@ -50,8 +63,10 @@ def add_endpoints(
                 yield {"stage": update.line.stage, "answer": session.turns[-1].answer}
 
     def stop(request: gr.Request) -> bool:
-        """Stop the session's running answer; tells whether there was one."""
-        return handlers.session(request).stop()
+        """Stop the session's running answer and download; tells whether there was one."""
+        session = handlers.session(request)
+        fetching = handlers.downloads.cancel(session.id)
+        return session.stop() or fetching
 
     # A File component, because only then does Gradio take a file and check where it lies.
     hidden = {"visible": False, "render": True}
@@ -60,6 +75,7 @@ def add_endpoints(
         add_video, file, told, api_name="add_video", concurrency_limit=None
     )
     named: tuple[tuple[Callable[..., Any], bool], ...] = (
+        (add_video_url, True),
         (add_sample, True),
         (ask, True),
         (stop, False),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from app.chat import Line
+from app.downloads import Downloaded
 from app.panels.draw import clock, esc
 from app.sessions import Turn
 from app.settings import show_bytes
@@ -63,8 +64,8 @@ def player(video: Video | None, url: str) -> str:
     if video is None:
         return (
             '<div class="player"><div class="screen screen-empty">'
-            "<p><b>No video yet</b>Choose a sample above or upload your own: "
-            "mp4, webm, mkv or mov.</p></div></div>"
+            "<p><b>No video yet</b>Choose a sample above, upload your own (mp4, webm, mkv or mov) "
+            "or paste a web address.</p></div></div>"
         )
     info = video.info
     codec = _CODEC_NAMES.get(info.codec, info.codec)
@@ -89,6 +90,19 @@ def player(video: Video | None, url: str) -> str:
 def notice(text: str) -> str:
     """What is wrong with the video that was to be added."""
     return f'<p class="notice" role="alert">{esc(text)}</p>' if text else ""
+
+
+def fetching(download: Downloaded) -> str:
+    """How far a download has come, in place of the notice."""
+    arrived = show_bytes(download.done)
+    if download.total:
+        arrived += f" of {show_bytes(download.total)}"
+    text = f"Fetching the video · {arrived}" if download.done else "Looking for the video"
+    value = f' value="{download.done}" max="{download.total}"' if download.total else ""
+    return (
+        f'<div class="notice fetching" role="status"><span>{text}</span>'
+        f'<progress aria-label="Fetched"{value}></progress></div>'
+    )
 
 
 def model_note(text: str) -> str:

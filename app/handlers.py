@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,15 @@ import gradio as gr
 
 from app import fragments
 from app.chat import Line, Update, run_turn
+from app.downloads import Downloaded, Downloads
 from app.panels.attention import attention_panel
 from app.panels.savings import savings_panel
 from app.routes import media_url
 from app.sessions import Session, Sessions
 from app.settings import Settings
-from app.sources import Sample, Video, take_sample, take_upload
+from app.sources import Sample, Video, take_fetched, take_sample, take_upload
 from app.worker import Worker
-from model.types import Answer, InputError
+from model.types import Answer, InputError, Stopped
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Components:
     """The parts of the page that events change."""
 
     upload: gr.File
+    url: gr.Textbox
+    fetch: gr.Button
+    cancel: gr.Button
     notice: gr.HTML
     player: gr.HTML
     chat: gr.Chatbot
@@ -59,6 +64,7 @@ class Handlers:
         self._sessions = sessions
         self._samples = samples
         self._page = page
+        self.downloads = Downloads(settings)
 
     def session(self, request: gr.Request) -> Session:
         """Return the session of whoever calls."""
@@ -88,6 +94,45 @@ class Handlers:
             return {self._page.notice: fragments.notice("There is no such sample.")}
         return self._new_video(self.session(request))
 
+    async def fetch(self, url: str, request: gr.Request) -> AsyncIterator[Changes]:
+        """Fetch the video at a web address, telling how far it has come."""
+        page = self._page
+        last = {page.notice: ""}
+        try:
+            async for got in self.take_url(self.session(request), url or ""):
+                if isinstance(got, Video):
+                    last = {page.url: "", **self._new_video(self.session(request))}
+                else:
+                    yield {page.notice: fragments.fetching(got), **self._fetch_buttons(True)}
+        except InputError as error:
+            last = {page.notice: fragments.notice(str(error))}
+        except Stopped:
+            pass
+        yield {**last, **self._fetch_buttons(False)}
+
+    def cancel_fetch(self, request: gr.Request) -> Changes:
+        """Cancel the visitor's download; its own stream shows how it ends."""
+        running = self.downloads.cancel(self.session(request).id)
+        return self._fetch_buttons(running)
+
+    def _fetch_buttons(self, running: bool) -> Changes:
+        return {
+            self._page.fetch: gr.update(visible=not running),
+            self._page.cancel: gr.update(visible=running),
+        }
+
+    async def take_url(self, session: Session, url: str) -> AsyncIterator[Downloaded | Video]:
+        """Fetch a video, check it and make it the session's; raises `InputError`, `Stopped`."""
+        run = self.downloads.run(session.id, url, session.folder)
+        async with contextlib.aclosing(run):
+            async for got in run:
+                if isinstance(got, Downloaded):
+                    yield got
+                    continue
+                video = await asyncio.to_thread(take_fetched, got, session.folder, self._settings)
+                self._sessions.set_video(session, video)
+                yield video
+
     async def take(self, session: Session, source: str | Sample) -> Video:
         """Check a video and make it the session's; raises `InputError`."""
         if isinstance(source, Sample):
@@ -96,6 +141,7 @@ class Handlers:
             video = await asyncio.to_thread(
                 take_upload, Path(source), session.folder, self._settings
             )
+        self.downloads.cancel(session.id)  # or it would take this one's place
         self._sessions.set_video(session, video)
         return video
 
@@ -193,4 +239,5 @@ class Handlers:
 
     def leave(self, request: gr.Request) -> None:
         """Note that the page was closed."""
+        self.downloads.cancel(self.session(request).id)
         self._sessions.leave(request.session_hash)

@@ -1,4 +1,4 @@
-"""A video comes in, as a sample or an upload, and is checked before use."""
+"""A video comes in, as a sample, an upload or a fetched file, and is checked before use."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.fetch import Fetched
 from app.logs import log
 from app.settings import Settings, show_bytes
 from model.types import InputError, VideoInfo
@@ -79,12 +80,21 @@ def take_sample(sample: Sample, settings: Settings) -> Video:
     return Video(sample.path, sample.title, probe(sample.path, settings), sample.questions, True)
 
 
-def take_upload(upload: Path, folder: Path, settings: Settings) -> Video:
+def take_fetched(fetched: Fetched, folder: Path, settings: Settings) -> Video:
+    """Check a file from the web just as an uploaded one; the file itself is used up."""
+    try:
+        return take_upload(fetched.path, folder, settings, fetched.title)
+    finally:
+        fetched.path.unlink(missing_ok=True)
+
+
+def take_upload(upload: Path, folder: Path, settings: Settings, title: str | None = None) -> Video:
     """Check an uploaded file and give it a name of ours in the visitor's folder.
 
-    Raises `InputError` with one sentence when it is not a video that can be used.
+    It is shown as `title`, or under its own name. Raises `InputError` with one sentence when it
+    is not a video that can be used.
     """
-    title = clean_title(upload.name)
+    title = clean_title(upload.name if title is None else title)
     if not upload.is_file():
         raise InputError("The file did not arrive; please upload it again.")
     size = upload.stat().st_size

@@ -12,6 +12,7 @@ import gradio as gr
 from app import fragments
 from app.api import add_endpoints
 from app.chat import Line
+from app.fetch import MAX_URL_CHARS
 from app.handlers import Components, Handlers
 from app.panels.attention import attention_panel
 from app.panels.savings import savings_panel
@@ -56,6 +57,7 @@ def build(
                 with gr.Row(elem_id="sources"):
                     cards = _sample_cards(sessions, samples)
                     upload = gr.File(label="Upload a video", elem_id="upload", height=96)
+                url, fetch, cancel = _web_address()
                 notice = _html("", elem_id="notice")
                 player = _html(fragments.player(None, ""), elem_id="player")
                 chat = _chatbot()
@@ -69,8 +71,9 @@ def build(
                 attention = _html(attention_panel(None, 0.0, None), elem_id="attention")
                 savings = _html(savings_panel(None), elem_id="savings")
         page = Components(
-            upload, notice, player, chat, line, chips, question, ask, stop, note, attention, savings
-        )
+            upload, url, fetch, cancel, notice, player, chat, line, chips, question, ask, stop,
+            note, attention, savings,
+        )  # fmt: skip
         handlers = Handlers(settings, worker, sessions, samples, page)
         _wire(demo, handlers, page, cards, status)
         add_endpoints(handlers, worker, settings, samples)
@@ -91,6 +94,28 @@ def _sample_cards(sessions: Sessions, samples: Sequence[Sample]) -> gr.HTML:
         visible=bool(samples),
         js_on_load=_SEND % {"name": "sample"},
     )
+
+
+def _web_address() -> tuple[gr.Textbox, gr.Button, gr.Button]:
+    with gr.Row(elem_id="web"):
+        url = gr.Textbox(
+            label="Web address of a video",
+            show_label=False,
+            container=False,
+            placeholder="or paste a web address",
+            lines=1,
+            max_lines=1,
+            max_length=MAX_URL_CHARS,
+            elem_id="url",
+            scale=1,
+            html_attributes=gr.InputHTMLAttributes(
+                enterkeyhint="go", autocomplete="off", autocapitalize="off", spellcheck=False
+            ),
+        )
+        fetch = gr.Button("Fetch", elem_id="fetch", scale=0, min_width=88)
+        cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", scale=0, min_width=88)
+        cancel.visible = False
+    return url, fetch, cancel
 
 
 def _chatbot() -> gr.Chatbot:
@@ -151,7 +176,13 @@ def _wire(
     turn = [
         page.question, page.chat, page.line, page.ask, page.stop, page.attention, page.savings,
     ]  # fmt: skip
+    web = [page.url, page.fetch, page.cancel]
     on(page.upload.upload, handlers.upload, page.upload, video)
+    on(
+        partial(gr.on, [page.url.submit, page.fetch.click]),
+        handlers.fetch, page.url, [*video, *web],
+    )  # fmt: skip
+    on(page.cancel.click, handlers.cancel_fetch, None, web[1:], queue=False)
     on(cards.click, handlers.pick_sample, None, video)
     on(partial(gr.on, [page.question.submit, page.ask.click]), handlers.ask, page.question, turn)
     on(page.chips.click, handlers.ask_chip, None, turn)

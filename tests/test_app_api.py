@@ -77,8 +77,15 @@ def test_problems_are_sentences(client: Client, videos: dict[str, Path]) -> None
 
 def test_every_endpoint_is_named_and_documented(client: Client) -> None:
     told = client.view_api(return_format="dict")["named_endpoints"]
-    assert set(told) == {"/add_video", "/add_sample", "/ask", "/stop"}
+    assert set(told) == {"/add_video", "/add_video_url", "/add_sample", "/ask", "/stop"}
     assert all(endpoint["description"] for endpoint in told.values())
+
+
+def test_a_web_address_of_this_machine_is_refused(client: Client, fake_app: App) -> None:
+    for url in (fake_app.url, "http://169.254.169.254/", "http://localhost/a.mp4"):
+        with pytest.raises(AppError, match="please upload the file instead"):
+            client.predict(url, api_name="/add_video_url")
+    assert client.predict("Forty seconds", api_name="/add_sample")["codec"]
 
 
 def test_two_clients_do_not_share_a_video(fake_app: App, videos: dict[str, Path]) -> None:
