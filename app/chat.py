@@ -96,11 +96,14 @@ async def run_turn(
         yield Update(Line("working", "Waiting for the model", "waiting"))
         async for batch in job.batches():
             update = _apply(batch, turn)
+            if all(one is not turn for one in session.turns):  # another video, or a new start
+                yield Update(Line("idle"), finished=True)
+                return
             yield update
             if not update.finished:
                 await asyncio.sleep(_UPDATE_SECONDS)
     finally:
-        if turn.outcome == "running":  # the visitor left in the middle
+        if turn.outcome == "running":  # nobody waits for it any more
             turn.outcome = "stopped"
             job.cancel()
 

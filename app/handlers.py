@@ -86,12 +86,9 @@ class Handlers:
     async def pick_sample(self, event: gr.EventData, request: gr.Request) -> Changes:
         """Take the sample whose card was clicked."""
         try:
-            number = int(event._data["sample"])
-            await self.take(self.session(request), self._samples[number])
+            await self.take(self.session(request), self._sample(clicked(event, "sample")))
         except InputError as error:
             return {self._page.notice: fragments.notice(str(error))}
-        except (KeyError, ValueError, IndexError):
-            return {self._page.notice: fragments.notice("There is no such sample.")}
         return self._new_video(self.session(request))
 
     async def fetch(self, url: str, request: gr.Request) -> AsyncIterator[Changes]:
@@ -133,6 +130,11 @@ class Handlers:
                 self._sessions.set_video(session, video)
                 yield video
 
+    def _sample(self, number: str) -> Sample:
+        if not number.isdecimal() or int(number) >= len(self._samples):
+            raise InputError("There is no such sample.")
+        return self._samples[int(number)]
+
     async def take(self, session: Session, source: str | Sample) -> Video:
         """Check a video and make it the session's; raises `InputError`."""
         if isinstance(source, Sample):
@@ -173,7 +175,7 @@ class Handlers:
 
     async def ask_chip(self, event: gr.EventData, request: gr.Request) -> AsyncIterator[Changes]:
         """Answer a suggested question, streaming."""
-        async for changes in self._turn(self.session(request), str(event._data["question"])):
+        async for changes in self._turn(self.session(request), clicked(event, "question")):
             yield changes
 
     async def _turn(self, session: Session, message: str) -> AsyncIterator[Changes]:
@@ -241,3 +243,9 @@ class Handlers:
         """Note that the page was closed."""
         self.downloads.cancel(self.session(request).id)
         self._sessions.leave(request.session_hash)
+
+
+def clicked(event: gr.EventData, name: str) -> str:
+    """What a button of ours stands for; a visitor's program may send anything instead."""
+    data = event._data
+    return str(data.get(name, "")) if isinstance(data, dict) else ""

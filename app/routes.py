@@ -1,4 +1,7 @@
-"""Our own addresses beside Gradio's: the player's videos and the worker's state."""
+"""Our own addresses beside Gradio's: the player's videos and the worker's state.
+
+They ask for no login: a token cannot be guessed, and the state names nobody.
+"""
 
 from __future__ import annotations
 

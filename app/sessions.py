@@ -79,8 +79,8 @@ class Sessions:
         threading.Thread(target=self._watch, name="crosslmm-sessions", daemon=True).start()
 
     def get(self, key: str | None) -> Session:
-        """Return the visitor's session, made on the first call."""
-        key = key or "nobody"
+        """Return the visitor's session, made on the first call; without a key, always a new one."""
+        key = key or secrets.token_hex(16)
         with self._lock:
             session = self._by_key.get(key)
             if session is None:
@@ -114,7 +114,7 @@ class Sessions:
     def leave(self, key: str | None) -> None:
         """Note a closed page: its job stops now, the rest goes a little later (it may return)."""
         with self._lock:
-            session = self._by_key.get(key or "nobody")
+            session = self._by_key.get(key or "")
         if session is not None:
             session.left_at = time.monotonic()
             session.stop()

@@ -81,7 +81,9 @@ class Settings:
         6, "model", int, "pictures in the panel of strongest frames", "N"
     )
 
-    host: str = option("127.0.0.1", "server", str, "address to listen on", "ADDRESS")
+    host: str | None = option(
+        None, "server", str, "address to listen on; only this machine when not given", "ADDRESS"
+    )
     port: int | None = option(
         None, "server", int, "port to listen on; the first free one from 7860 when not given", "N"
     )

@@ -124,12 +124,14 @@ class Worker:
     # The supervisor.
 
     def _supervise(self) -> None:
-        while not self._closing:
-            with contextlib.suppress(queue.Empty):
-                self._inbox.get(timeout=self._patience())()
-            self._check_deadlines()
-            self._hand_out()
-        self._shut_down()
+        try:
+            while not self._closing:
+                with contextlib.suppress(queue.Empty):
+                    self._inbox.get(timeout=self._patience())()
+                self._check_deadlines()
+                self._hand_out()
+        finally:  # even after a bug here, nobody is left waiting
+            self._shut_down()
 
     def _patience(self) -> float:
         """Seconds until a deadline could be due."""
@@ -154,7 +156,11 @@ class Worker:
 
     def _start(self) -> None:
         self._start_at = None
-        self._child = Child(self._settings, self._deliver)
+        try:
+            self._child = Child(self._settings, self._deliver)
+        except OSError as error:
+            self._fail(f"The model's process cannot be started: {error.strerror}.")
+            return
         log("worker_started", pid=self._child.pid)
 
     def _deliver(self, child: Child, message: Any) -> None:

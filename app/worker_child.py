@@ -25,6 +25,8 @@ from app.logs import log, setup
 from app.settings import Settings
 from model.types import AskRequest, Failure, InputError, ModelInfo, Stopped
 
+_KILL_SECONDS = 10.0  # a process held up in a driver may stay longer; nobody waits for it
+
 
 @dataclass(frozen=True)
 class Beat:
@@ -138,7 +140,7 @@ class Child:
     def kill(self) -> None:
         """End it now, whatever it does."""
         self._process.kill()
-        self._process.join()
+        self._process.join(_KILL_SECONDS)
         self._requests.close()
 
 

@@ -164,6 +164,18 @@ def test_a_visitor_who_leaves_stops_the_job(session: Session) -> None:
     assert session.turns[0].outcome == "stopped"
 
 
+def test_a_turn_whose_conversation_ended_shows_nothing_more(session: Session) -> None:
+    async def replace() -> list[Update]:
+        got = []
+        async for update in run_turn(session, "What?", Script(*EVENTS), SETTINGS):
+            got.append(update)
+            session.turns = []
+        return got
+
+    *_, last = asyncio.run(replace())
+    assert (last.line.kind, last.answer, last.finished) == ("idle", None, True)
+
+
 def test_events_from_another_thread_reach_the_loop(session: Session) -> None:
     worker = Script()
 

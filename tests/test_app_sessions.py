@@ -44,6 +44,11 @@ def test_a_visitor_keeps_the_session_and_shares_it_with_nobody(sessions: Session
     assert other.folder != one.folder
 
 
+def test_callers_without_a_key_share_nothing(sessions: Sessions) -> None:
+    assert sessions.get(None) is not sessions.get(None)
+    sessions.leave(None)
+
+
 def test_the_player_gets_a_video_by_its_token_only(
     sessions: Sessions, added: tuple[Session, Video]
 ) -> None:

@@ -14,7 +14,7 @@ def test_command_line_wins_over_environment_over_default() -> None:
     environ = {"CROSSLMM_MAX_FRAMES": "64", "CROSSLMM_PORT": "8000", "CROSSLMM_SHARE": "yes"}
     settings = Settings.parse(["--port", "9000"], environ)
     assert (settings.port, settings.max_frames, settings.share) == (9000, 64, True)
-    assert settings.host == "127.0.0.1"
+    assert settings.host is None
     assert not Settings.parse(["--no-share"], environ).share
 
 

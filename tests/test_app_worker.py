@@ -237,6 +237,16 @@ def test_a_load_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch)
         assert "--load-timeout-seconds" in worker.status().error
 
 
+def test_a_process_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("app.worker.Child", refuse)
+    with running() as worker:
+        state(worker, "failed")
+        assert "Resource temporarily unavailable" in worker.status().error
+
+
 def test_close_ends_the_child_and_fails_what_is_left() -> None:
     with running() as worker:
         state(worker, "ready")

@@ -188,6 +188,22 @@ def test_two_visitors_have_nothing_in_common(
     expect(one.about).to_contain_text("H.264")
 
 
+def test_a_new_video_ends_a_running_answer(
+    visit: Visit, fake_app: App, videos: dict[str, Path]
+) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    chat.ask("slow")
+    chat.at_stage("answering")
+    chat.add(videos["av1"])
+    expect(chat.line).to_have_class(re.compile("line-idle"))
+    expect(chat.ask_button).to_be_visible()
+    expect(chat.questions).to_have_count(0)
+    expect(chat.frames).to_have_count(0)
+    chat.ask("What is new?")
+    expect(chat.answered(1)).to_contain_text("after 0 turns")
+
+
 def test_a_visitor_who_leaves_frees_the_worker(
     visit: Visit, fake_app: App, videos: dict[str, Path]
 ) -> None:
