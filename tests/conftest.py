@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.app_server import BUNDLED, App, running_app
+from tests.fake_engine import GATES
 from tests.media import make_video, truncate
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -39,9 +40,28 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def fake_app() -> Iterator[App]:
+def gate_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gates")
+
+
+@pytest.fixture
+def gates(gate_folder: Path) -> Iterator[Callable[[str], None]]:
+    """Opens a gate at which a `gated` question halts; all are shut again at the end."""
+
+    def open_gate(name: str) -> None:
+        assert name in GATES
+        (gate_folder / name).touch()
+
+    yield open_gate
+    for gate in gate_folder.iterdir():
+        gate.unlink()
+
+
+@pytest.fixture(scope="session")
+def fake_app(gate_folder: Path) -> Iterator[App]:
     """The app with an engine that needs no weights and misbehaves when asked to."""
-    with running_app() as app:
+    # Patient with Stop: on a busy machine the worker should not be replaced for being slow.
+    with running_app("--stop-grace-seconds", "20", FAKE_GATES=str(gate_folder)) as app:
         app.wait_for("ready")
         yield app
 

@@ -1,6 +1,8 @@
 """An engine without weights: same interface and events as the real one, deterministic and quick.
 
 Words in the question make it misbehave: `slow`, `crash`, `hang`, `freeze`, `broken`, `wrong`.
+With `gated` it halts in every stage until the test opens that gate, so that nothing hangs on time:
+a gate is a file of that name in the folder FAKE_GATES.
 It never stands in for the model outside of tests.
 """
 
@@ -38,6 +40,7 @@ LAYERS = (0, 2, 4)
 GRID = 14
 STEP_SECONDS = 0.01
 SLOW_SECONDS = 0.4
+GATES = ("reading", "encoding", "answering", "end")
 
 INFO = ModelInfo(
     name="fake",
@@ -81,6 +84,7 @@ class FakeEngine:
     def ask(self, request: AskRequest, stop: StopCheck) -> Iterator[Event]:
         words = set(request.question.lower().replace("?", " ").split())
         slow = "slow" in words  # has to be stopped: it would take minutes
+        gates = _Gates(stop if "gated" in words else None)
         pause, steps = (SLOW_SECONDS, 10) if slow else (STEP_SECONDS, 8)
         started = time.monotonic()
         reused = request.video in self.kept
@@ -95,6 +99,8 @@ class FakeEngine:
                 for done in range(steps + 1):
                     yield Progress(stage, done, steps)
                     time.sleep(pause)
+                    if done == 1:
+                        gates.wait_at(stage)
                     if stop():
                         raise Stopped
             self.kept.add(request.video)
@@ -107,16 +113,31 @@ class FakeEngine:
         if slow:
             text += " word" * 2000
         first, said = time.monotonic() - started, ""
-        for token in text.replace(" ", "\0 ").split("\0"):
+        for number, token in enumerate(text.replace(" ", "\0 ").split("\0")):
+            if number == 3:
+                gates.wait_at("answering")
             if stop():
                 break
             said += token
             yield Piece(token)
             time.sleep(pause)
-        yield _answer(request, said, said != text, reused, first, time.monotonic() - started)
+        gates.wait_at("end")
+        yield _answer(request, said, stop(), reused, first, time.monotonic() - started)
 
     def forget(self, video: str) -> None:
         self.kept.discard(video)
+
+
+class _Gates:
+    def __init__(self, stop: StopCheck | None) -> None:
+        self.stop = stop
+
+    def wait_at(self, name: str) -> None:
+        if self.stop is None:
+            return
+        gate = Path(os.environ["FAKE_GATES"]) / name
+        while not (gate.exists() or self.stop()):
+            time.sleep(0.02)
 
 
 def _answer(
