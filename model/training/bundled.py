@@ -37,15 +37,20 @@ from model.training.tokenizer import train_tokenizer
 from model.training.world_questions import KINDS, QA, all_texts, questions
 
 LEVELS = (5, 8, 12, 18, 26, 36, 48)  # frames per video; a kind climbs when it is answered well
-PROMOTE = 0.85  # exact-match accuracy at its highest level that lets a kind climb
+PROMOTE = 0.85  # exact-match accuracy at its highest level that lets a kind climb, at first
+# From a share of the training time on, every kind is also asked at this level: long videos must
+# not stay unseen because a kind is hard.
+AT_LEAST = ((0.65, 3), (0.8, 5))
 FIRST_KINDS = ("number", "word", "colour", "when", "where", "exists", "absent", "outside")
 FRAMES_PER_STEP = 80
 QUESTIONS_PER_VIDEO = 6
 # How often a kind is asked, where not 1: these can be asked of every video and would crowd out
 # the others.
-SHARE = {"outside": 0.08, "absent": 0.25, "exists": 0.5}
+# Numbers need the most examples (a digit must be bound to its place), and a video has few signs.
+SHARE = {"outside": 0.08, "absent": 0.25, "exists": 0.5, "number": 4.0, "word": 1.5}
 TRIES = 8  # videos drawn to find one that allows a kind of question
 MOST_VIDEOS = 10  # of short ones: text then costs more than frames
+WHOLE_FROM = 0.8  # of the training time: from here on every patch is in the memory
 INTERVALS = (1, 1, 1, 2, 3, 5, 7)  # seconds between sampled frames, once "when" works
 HELD_OUT_SCENES = 400  # the library's last scenes are never trained on
 
@@ -63,7 +68,7 @@ def model_config(
             "intermediate_size": 512,
             "num_hidden_layers": 6,
             "num_attention_heads": 3,
-            "num_key_value_heads": 1,
+            "num_key_value_heads": 3,
             "max_position_embeddings": 4096,
             "initializer_range": 0.04,
             "tie_word_embeddings": True,
@@ -135,15 +140,22 @@ class Curriculum:
         """Kinds that are answered badly are asked more often."""
         return SHARE.get(kind, 1.0) * (1.15 - self.accuracy[kind, self.level[kind]])
 
-    def record(self, kind: str, level: int, right: bool) -> None:
-        """Note one answer, and promote the kind when it is good enough at its top level."""
+    def record(self, kind: str, level: int, right: bool, done: float) -> None:
+        """Note one answer, and promote the kind when it is good enough at its top level.
+
+        `done` is the share of the training time that is used up; the bar sinks in its second half.
+        """
         key = (kind, level)
         self.count[key] += 1
         rate = max(1 / self.count[key], 0.01)
         self.accuracy[key] += rate * (right - self.accuracy[key])
-        good = self.accuracy[key] > PROMOTE and self.count[key] >= 150
+        bar = PROMOTE - 0.35 * max(0.0, done - 0.5)
+        good = self.accuracy[key] > bar and self.count[key] >= 150
         if good and level == self.level[kind] < len(LEVELS) - 1:
             self.level[kind] += 1
+        for since, least in AT_LEAST:
+            if done >= since:
+                self.level[kind] = max(self.level[kind], least)
 
     def state(self) -> dict:
         """Everything, as plain data."""
@@ -196,13 +208,21 @@ class EvidenceGuide:
             mask[shown] |= box
         return mask.flatten()
 
-    def loss(self, packed: Packed, videos: list[Video]) -> torch.Tensor:
-        """Mean of -log(share of attention on the evidence) over answer tokens that have any."""
+    def loss(
+        self, packed: Packed, videos: list[Video], kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean of -log(share of attention on the evidence) over answer tokens that have any.
+
+        `kept` (B, T, n): the patches in the memory, where not all are.
+        """
         terms = []
         for row, (spans, video) in enumerate(zip(packed.spans, videos, strict=True)):
             columns, masks = [], []
             for qa, start, end in spans:
                 evidence = self.patches(qa, video)
+                if kept is not None:
+                    evidence = evidence.unflatten(0, (len(video.times), -1))
+                    evidence = evidence.gather(1, kept[row]).flatten()
                 if qa.evidence and evidence.any():
                     # The column before a token predicts it; the end token looks at nothing.
                     columns += [c - packed.text_start for c in range(start - 1, end - 2)]
@@ -261,6 +281,9 @@ class Trainer:
         self.prompt = PromptIds(self.processor)
         self.crosslmm.model.vision_tower.requires_grad_(False)
         self.guide = EvidenceGuide(self.crosslmm)
+        self.kept: torch.Tensor | None = None  # (B, T, n) patches that stay in the memory
+        self._embed = self.crosslmm.model.embed_frames
+        self.crosslmm.model.embed_frames = self._embed_some
         self.curriculum = Curriculum(tuple(args.kinds))
         decay = [p for p in self.crosslmm.parameters() if p.requires_grad and p.dim() > 1]
         plain = [p for p in self.crosslmm.parameters() if p.requires_grad and p.dim() <= 1]
@@ -273,6 +296,28 @@ class Trainer:
         self.checkpoint = args.out / "checkpoint.pt"
         if self.checkpoint.exists():
             self._resume()
+
+    def _embed_some(
+        self, features: torch.Tensor, times: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`embed_frames` with a random part of each frame's patches left out of the memory.
+
+        Most of a step's cost is keys and values of patches, and most patches show background. The
+        last part of training sees all of them again.
+        """
+        pooled, memory = self._embed(features, times)
+        self.kept = None
+        share = self.args.keep if self.crosslmm.training and self.done < WHOLE_FROM else 1.0
+        if share < 1:
+            count = round(share * memory.shape[2])
+            self.kept = torch.rand(memory.shape[:3]).topk(count, dim=-1).indices
+            memory = memory.gather(2, self.kept.unsqueeze(-1).expand(-1, -1, -1, memory.shape[3]))
+        return pooled, memory
+
+    @property
+    def done(self) -> float:
+        """Share of the training time that is used up."""
+        return self.seconds / (self.args.minutes * 60)
 
     def _resume(self) -> None:
         saved = torch.load(self.checkpoint, weights_only=False)
@@ -361,16 +406,16 @@ class Trainer:
         level = self.curriculum.sample_level(self.rng)
         kinds = self.curriculum.kinds_at(level)
         videos, packed, features = self.batch("train", level, kinds, self.rng)
-        done = self.seconds / (self.args.minutes * 60)
-        factor = min(1, (self.step + 1) / 200) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * done))
+        cosine = 0.5 + 0.5 * math.cos(math.pi * self.done)
+        factor = min(1, (self.step + 1) / 200) * max(0.02, cosine)
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.learning_rate * factor
         self.crosslmm.train()
         loss, predicted = self.forward(packed, features)
         total = loss
-        guided = self.args.guide * max(0.0, 1 - done / 0.6)
+        guided = self.args.guide * max(0.2, 1 - self.done / 0.8)
         if guided:
-            off = self.guide.loss(packed, videos)
+            off = self.guide.loss(packed, videos, self.kept)
             self.astray = 0.98 * self.astray + 0.02 * off.item()
             total = total + guided * off
         self.optimizer.zero_grad(set_to_none=True)
@@ -378,7 +423,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.crosslmm.parameters(), 1.0)
         self.optimizer.step()
         for qa, right in self.right(packed, predicted):
-            self.curriculum.record(qa.kind, level, right)
+            self.curriculum.record(qa.kind, level, right, self.done)
         return loss.item()
 
     @torch.no_grad()
@@ -410,14 +455,15 @@ class Trainer:
                     f"astray {self.astray:.2f} {levels}",
                     flush=True,
                 )
-            if self.step % 500 == 0:
+            if self.step % 250 == 0:
+                self.save()
+            if self.step % 1000 == 0:
                 top = max(self.curriculum.level.values())
                 print(
                     f"  held-out at {LEVELS[top]} frames {self.evaluate(top)} "
                     f"gates {[tuple(round(g, 2) for g in pair) for pair in self.crosslmm.gates]}",
                     flush=True,
                 )
-                self.save()
                 clock = time.time()
         self.save()
         for level in (2, 4, 6):
@@ -434,6 +480,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=70, help="of the third part")
     parser.add_argument("--kinds", nargs="+", default=FIRST_KINDS, choices=KINDS)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--keep", type=float, default=0.4, help="share of patches trained on")
     parser.add_argument("--guide", type=float, default=0.1, help="weight of the evidence loss")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="0: all")
