@@ -37,7 +37,7 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return make_world(710, FRAMES)
+    return make_world(718, FRAMES)
 
 
 @pytest.fixture(scope="module")

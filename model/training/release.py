@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor
 
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
+from model.processing_crosslmm import CrossLMMProcessor
 
 NAME = "crosslmm-tiny"
 NOTE = (
@@ -40,7 +40,7 @@ def release(source: Path, target: Path, kinds: list[str]) -> None:
     """Write `target` from the training folder `source`; `kinds` are what it was trained on."""
     crosslmm = CrossLMMForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
     crosslmm.save_pretrained(target)
-    AutoProcessor.from_pretrained(source).save_pretrained(target)
+    CrossLMMProcessor.from_pretrained(source).save_pretrained(target)
     card = {
         "name": NAME,
         "note": NOTE,
