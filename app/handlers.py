@@ -170,21 +170,23 @@ class Handlers:
 
     async def ask(self, message: str, request: gr.Request) -> AsyncIterator[Changes]:
         """Answer the question in the box, streaming."""
-        async for changes in self._turn(self.session(request), message or ""):
+        sent = {self._page.question: ""}
+        async for changes in self._turn(self.session(request), message or "", sent):
             yield changes
 
     async def ask_chip(self, event: gr.EventData, request: gr.Request) -> AsyncIterator[Changes]:
         """Answer a suggested question, streaming."""
-        async for changes in self._turn(self.session(request), clicked(event, "question")):
+        async for changes in self._turn(self.session(request), clicked(event, "question"), {}):
             yield changes
 
-    async def _turn(self, session: Session, message: str) -> AsyncIterator[Changes]:
+    async def _turn(self, session: Session, message: str, sent: Changes) -> AsyncIterator[Changes]:
+        """Stream a turn; `sent` changes the page once the question has been accepted."""
         page, first = self._page, True
         async for update in run_turn(session, message, self._worker, self._settings):
             changes = {page.line: fragments.status_line(update.line)}
             if update.accepted:
                 changes |= self._conversation(session)
-                changes |= {page.question: ""} if first else {}
+                changes |= sent if first else {}
                 changes |= await self._progress(update, first)
             first = False
             yield changes

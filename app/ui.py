@@ -184,8 +184,10 @@ def _wire(
     )  # fmt: skip
     on(page.cancel.click, handlers.cancel_fetch, None, web[1:], queue=False)
     on(cards.click, handlers.pick_sample, None, video)
-    on(partial(gr.on, [page.question.submit, page.ask.click]), handlers.ask, page.question, turn)
-    on(page.chips.click, handlers.ask_chip, None, turn)
+    # "multiple": Gradio would drop a question silently while one runs; the turn itself says why.
+    send = partial(gr.on, [page.question.submit, page.ask.click], trigger_mode="multiple")
+    on(send, handlers.ask, page.question, turn)
+    on(page.chips.click, handlers.ask_chip, None, turn, trigger_mode="multiple")
     on(page.stop.click, handlers.stop, None, [page.ask, page.stop], queue=False)
     on(page.chat.clear, handlers.clear, None, [page.line, page.attention, page.savings])
     on(status.ready, handlers.model_ready, None, [page.note, page.chips])

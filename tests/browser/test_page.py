@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 from tests.app_server import App, running_app
 from tests.browser.chat_page import ChatPage
 from tests.browser.conftest import PHONE
-from tests.fake_engine import LAYERS
+from tests.fake_engine import GATES, LAYERS
 
 pytestmark = pytest.mark.browser
 
@@ -188,6 +188,24 @@ def test_two_visitors_have_nothing_in_common(
     expect(one.answered(1)).to_contain_text("What does one ask?")
     expect(other.answered(1)).to_contain_text("What does the other ask?")
     expect(one.about).to_contain_text("H.264")
+
+
+def test_a_question_during_an_answer_is_kept_and_told(
+    visit: Visit, fake_app: App, videos: dict[str, Path], gates: Gates
+) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    chat.ask("gated")
+    chat.at_stage("reading")
+    chat.ask("Too soon?")
+    expect(chat.line).to_contain_text("An answer is still on its way.")
+    expect(chat.question).to_have_value("Too soon?")
+    expect(chat.questions).to_have_count(1)
+    for gate in GATES:
+        gates(gate)
+    chat.answered(1)
+    chat.question.press("Enter")
+    expect(chat.answered(2)).to_contain_text("Too soon?")
 
 
 def test_a_new_video_ends_a_running_answer(
