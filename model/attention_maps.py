@@ -174,9 +174,10 @@ def text_to_visual(
     capture: MapCapture,
     *,
     last: int,
+    keep: list[int] | None = None,
     strongest: int = 6,
 ) -> TextMaps | None:
-    """T2V maps of the last `last` positions that `capture` saw.
+    """T2V maps of the last `last` positions that `capture` saw, or of those of them in `keep`.
 
     The position before a token is the one that predicted it; with the turn's prompt and its
     answer's tokens but the last one fed through the model, the last `last` positions are those
@@ -186,6 +187,8 @@ def text_to_visual(
     queries = {
         layer: torch.cat(parts, dim=1)[:, -last:] for layer, parts in capture.t2v_queries.items()
     }
+    if keep is not None:
+        queries = {layer: query[:, keep] for layer, query in queries.items()}
     if not queries:
         return None
     layers = sorted(queries)

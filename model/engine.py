@@ -325,18 +325,16 @@ class Engine:
         """T2V of the positions that predicted each answer token."""
         if not ids:
             return None
+        special = self.processor.tokenizer.all_special_ids
+        keep = [i for i, token in enumerate(ids) if token not in special] or list(range(len(ids)))
         maps = text_to_visual(
-            self.crosslmm, entry.memory, capture, last=len(ids), strongest=strongest
+            self.crosslmm, entry.memory, capture, last=len(ids), keep=keep, strongest=strongest
         )
-        if maps is None:
-            return None
-        return self._summary(entry, maps, ids)
+        return None if maps is None else self._summary(entry, maps, [ids[i] for i in keep])
 
     def _summary(self, entry: _Entry, maps: TextMaps, ids: list[int]) -> AttentionSummary:
         tokenizer = self.processor.tokenizer
-        keep = [i for i, token in enumerate(ids) if token not in tokenizer.all_special_ids]
-        keep = keep or list(range(len(ids)))
-        t2v = maps.mass[keep].float().cpu().numpy()
+        t2v = maps.mass.float().cpu().numpy()
         overall = t2v.mean((0, 1))
         grid = entry.memory.config.original_grid
         patches = maps.patches.float().cpu().numpy()
@@ -353,7 +351,7 @@ class Engine:
         return AttentionSummary(
             times=np.asarray(entry.memory.times),
             layers=tuple(maps.layers),
-            tokens=tuple(tokenizer.decode([ids[i]]) for i in keep),
+            tokens=tuple(tokenizer.decode([token]) for token in ids),
             t2v=t2v,
             frames=frames,
             peak=entry.memory.times[int(overall.argmax())],

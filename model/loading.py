@@ -91,7 +91,7 @@ def load(
     card = _card(folder)
     gates = crosslmm.gates
     info = ModelInfo(
-        name=str(source) if source is not None else card.get("name", folder.name),
+        name=card.get("name") or (folder.name if Path(str(source)).exists() else str(source)),
         device=device,
         dtype=str(dtype).removeprefix("torch."),
         quantization=quantization,

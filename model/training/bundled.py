@@ -83,7 +83,7 @@ def model_config(
         projector_norm=True,
         video_token_id=ids["video"],
         frame_rate=1.0,
-        max_frames=256,
+        max_frames=128,
         multi_turn=False,
     )
 
