@@ -479,7 +479,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=8_000)
     parser.add_argument("--minutes", type=float, default=70, help="of the third part")
     parser.add_argument("--kinds", nargs="+", default=FIRST_KINDS, choices=KINDS)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--keep", type=float, default=0.4, help="share of patches trained on")
     parser.add_argument("--guide", type=float, default=0.1, help="weight of the evidence loss")
     parser.add_argument("--seed", type=int, default=0)
