@@ -181,6 +181,9 @@ def serve(
 
 
 def _load(settings: Settings) -> Any:
+    # Before torch is there: its threads must sleep while they wait. Spinning ones stall each other
+    # as soon as decoding, generating and other processes share a few cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     module, name = settings.engine.split(":", 1)
     factory = getattr(importlib.import_module(module), name)
     return factory.load(

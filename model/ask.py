@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.max_frames is not None and args.max_frames < 1:
             raise InputError(f"--max-frames must be at least 1, got {args.max_frames}.")
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; see app/worker_child.py
         from model.engine import Engine
         from model.video import probe
 

@@ -10,7 +10,9 @@ from tests.app_server import BUNDLED, App, running_app
 from tests.fake_engine import GATES
 from tests.media import make_video, truncate
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Threads that spin while they wait stall each other where tests share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

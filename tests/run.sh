@@ -24,5 +24,7 @@ fi
 "$venv/bin/python" -m pip install -q --disable-pip-version-check \
   -r requirements.txt -r tests/requirements.txt </dev/null
 
+# Threads that spin while they wait stall each other where tests share few cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE
 "$venv/bin/ruff" check .
 exec "$venv/bin/python" -m pytest "$@" </dev/null
