@@ -60,7 +60,7 @@ def model_config(
 ) -> CrossLMMConfig:
     """The bundled model: a 192-wide, 6-layer LLM, dual cross-attention in layers 0, 2 and 4."""
     return CrossLMMConfig(
-        vision_config=encoder.config.to_dict(),
+        vision_config={k: v for k, v in encoder.config.to_dict().items() if k != "_name_or_path"},
         text_config={
             "model_type": "qwen2",
             "vocab_size": vocabulary,
