@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from model.modeling_crosslmm import CrossLMMForConditionalGeneration
     from model.video_memory import VideoMemory
 
-SCORE_BYTES = 16 << 20  # the largest block of scores held at once
+SCORE_BYTES = 8 << 20  # the largest block of scores held at once
 
 
 @dataclass
@@ -72,7 +72,7 @@ class MapCapture:
         tokens = key.shape[2] // frames
         for rows in query[0].chunk(frames, dim=1):  # frame by frame
             blocks = key[0].split(_block_tokens(rows, tokens), dim=1)
-            mass = _frame_totals(rows, blocks, tokens, scaling).softmax(-1).mean(0)
+            mass = _frame_totals(rows, blocks, frames, tokens, scaling).softmax(-1).mean(0)
             self.v2v_mass.setdefault(layer, []).append(mass)
 
     @contextmanager
@@ -101,7 +101,7 @@ def _frame_scores(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> to
     """(H, L, d) x (Hkv, n, N, d) -> (H, L, n, N) in fp32."""
     groups = query.shape[0] // keys.shape[0]
     rows = query.unflatten(0, (-1, groups)).flatten(1, 2)  # (Hkv, G * L, d)
-    scores = (rows @ keys.flatten(1, 2).mT).float() * scaling
+    scores = (rows @ keys.flatten(1, 2).mT).float().mul_(scaling)
     return scores.unflatten(1, (groups, -1)).flatten(0, 1).unflatten(-1, keys.shape[1:3])
 
 
@@ -112,14 +112,23 @@ def _block_tokens(query: torch.Tensor, tokens_per_frame: int) -> int:
 
 
 def _frame_totals(
-    query: torch.Tensor, blocks: Iterable[torch.Tensor], tokens_per_frame: int, scaling: float
+    query: torch.Tensor,
+    blocks: Iterable[torch.Tensor],
+    frames: int,
+    tokens_per_frame: int,
+    scaling: float,
 ) -> torch.Tensor:
     """Log-sum-exp of the scores on each frame, (H, L, T), from blocks of keys (Hkv, m, d)."""
-    parts = [
-        _frame_scores(query, keys.unflatten(1, (-1, tokens_per_frame)), scaling).logsumexp(-1)
-        for keys in blocks
-    ]
-    return torch.cat(parts, dim=-1)
+    # Written in place: small results kept between large blocks would keep a CPU's allocator from
+    # using the blocks' memory again.
+    totals = query.new_empty((*query.shape[:2], frames), dtype=torch.float32)
+    done = 0
+    for keys in blocks:
+        keys = keys.unflatten(1, (-1, tokens_per_frame))
+        part = totals[..., done : done + keys.shape[1]]
+        torch.logsumexp(_frame_scores(query, keys, scaling), dim=-1, out=part)
+        done += keys.shape[1]
+    return totals
 
 
 @torch.inference_mode()
@@ -134,7 +143,8 @@ def frame_mass(
 
     """
     blocks = (keys[0] for keys, _ in store.blocks(_block_tokens(query, tokens_per_frame)))
-    per_frame = _frame_totals(query, blocks, tokens_per_frame, scaling)
+    frames = store.length // tokens_per_frame
+    per_frame = _frame_totals(query, blocks, frames, tokens_per_frame, scaling)
     return per_frame.softmax(-1), per_frame.logsumexp(-1)
 
 

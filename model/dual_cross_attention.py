@@ -28,6 +28,7 @@ class VisualState:
 
     tokens_per_frame: int
     precision: str = "native"
+    expected_frames: int = 0
     num_frames: int = 0
     t2v: dict[int, KeyValueStore] = field(default_factory=dict)
     frame_mask: torch.Tensor | None = None  # (B, T) bool; None: no frame is padding
@@ -36,7 +37,10 @@ class VisualState:
 
     def store(self, layer_idx: int) -> KeyValueStore:
         """The T2V keys and values of one layer."""
-        return self.t2v.setdefault(layer_idx, KeyValueStore(self.precision))
+        if layer_idx not in self.t2v:
+            expected = self.expected_frames * self.tokens_per_frame
+            self.t2v[layer_idx] = KeyValueStore(self.precision, expected)
+        return self.t2v[layer_idx]
 
     @property
     def nbytes(self) -> int:
@@ -276,6 +280,8 @@ class DualCrossAttention(nn.Module):
         if pair is None:
             out = attend_store(query, store, self.t2v.scaling)
         else:
+            # Beams of one video share its keys and values.
+            pair = [x.expand(len(query), -1, -1, -1) if len(x) == 1 else x for x in pair]
             mask = None
             if frame_mask is not None:
                 mask = token_mask(frame_mask, pair[0].shape[2] // frame_mask.shape[1])

@@ -160,7 +160,13 @@ class Engine:
             info.duration, max_frames=max_frames, frame_rate=self.processor.frame_rate
         )
         entry = _Entry(
-            VideoMemory(self.crosslmm, prefix_ids=prefix, capture=MapCapture(v2v=False)), info
+            VideoMemory(
+                self.crosslmm,
+                prefix_ids=prefix,
+                capture=MapCapture(v2v=False),
+                expected_frames=len(times),
+            ),
+            info,
         )
         chunks: queue.Queue = queue.Queue(CHUNKS_AHEAD)
         quit_reading = threading.Event()

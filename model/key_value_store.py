@@ -53,15 +53,21 @@ class _Quantized:
 class KeyValueStore:
     """Grows by frames; hands back blocks of keys and values at full precision."""
 
-    def __init__(self, precision: str = "native") -> None:
+    def __init__(self, precision: str = "native", expected_tokens: int = 0) -> None:
+        """`expected_tokens`: how many will come, where known.
+
+        Room for them is then taken once, so that joining chunks never holds them twice.
+        """
         if precision not in PRECISIONS:
             raise ValueError(
                 f"key/value precision must be one of {sorted(PRECISIONS)}, got {precision!r}"
             )
         self.precision = precision
+        self.expected_tokens = expected_tokens
         self.length = 0  # tokens
         self._native: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._quantized: list[tuple[_Quantized, _Quantized, int]] = []
+        self._room = 0  # tokens for which the one native pair still has room
         self.dtype: torch.dtype | None = None
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, tokens_per_frame: int) -> None:
@@ -70,7 +76,7 @@ class KeyValueStore:
         self.length += keys.shape[2]
         bits = PRECISIONS[self.precision]
         if bits is None:
-            self._native.append((keys, values))
+            self._append_native(keys, values)
             return
         shape = (*keys.shape[:2], -1, tokens_per_frame, keys.shape[3])  # (B, H, n, N, d)
         self._quantized.append(
@@ -81,15 +87,44 @@ class KeyValueStore:
             )
         )
 
+    def _append_native(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        count = keys.shape[2]
+        if not self._native and count < self.expected_tokens:
+            shape = (*keys.shape[:2], self.expected_tokens, keys.shape[3])
+            self._native = [(keys.new_empty(shape), values.new_empty(shape))]
+            self._room = self.expected_tokens
+        if count <= self._room:
+            end = self._native[0][0].shape[2] - self._room
+            for whole, part in zip(self._native[0], (keys, values), strict=True):
+                whole[:, :, end : end + count] = part
+            self._room -= count
+        else:
+            self._trim()
+            self._native.append((keys, values))
+
+    def _trim(self) -> None:
+        """Give back room that was not needed."""
+        if self._room:
+            end = self._native[0][0].shape[2] - self._room
+            self._native[0] = tuple(x[:, :, :end].clone() for x in self._native[0])
+            self._room = 0
+
     def full(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, (B, H, M, d). For a quantised store this undoes its saving."""
         if self.precision == "native":
             if len(self._native) > 1:
                 keys, values = zip(*self._native, strict=True)
                 self._native = [(torch.cat(keys, dim=2), torch.cat(values, dim=2))]
-            return self._native[0]
+            keys, values = self._native[0]
+            return keys[:, :, : self.length], values[:, :, : self.length]
         blocks = list(self.blocks())
         return torch.cat([k for k, _ in blocks], dim=2), torch.cat([v for _, v in blocks], dim=2)
+
+    def finish(self) -> None:
+        """No more frames will come: one tensor instead of a list, and no room left over."""
+        self._trim()
+        if len(self._native) > 1:
+            self.full()
 
     def blocks(self, size: int = BLOCK_TOKENS) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Consecutive blocks of about `size` tokens: (B, H, m, d) keys and values."""

@@ -328,6 +328,11 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         visual = pooled.flatten(1, 2)  # (B, T*P, D)
         keep = torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device)
         if frame_mask is not None:
+            if bool((frame_mask[:, 1:] & ~frame_mask[:, :-1]).any()):
+                raise ValueError(
+                    "frame_mask must be True for a video's frames and False for the padding after "
+                    "them; got a row with a frame after padding"
+                )
             keep = frame_mask.repeat_interleave(per_frame, dim=1)
         if self.frame_separator is not None:
             separator = self.frame_separator.expand(len(visual), 1, -1).to(visual.dtype)

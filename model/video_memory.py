@@ -36,6 +36,7 @@ class VideoMemory:
         precision: str = "native",
         prefix_ids: list[int] | None = None,
         capture: MapCapture | None = None,
+        expected_frames: int = 0,
     ) -> None:
         """Start with no frames.
 
@@ -44,6 +45,7 @@ class VideoMemory:
             precision: of the T2V keys and values: `native`, `int8` or `int4`.
             prefix_ids: the prompt's tokens before the video.
             capture: collects V2V maps while the video is built.
+            expected_frames: how many will come, where known; saves memory while building.
 
         """
         self.config = crosslmm.config
@@ -52,7 +54,10 @@ class VideoMemory:
         self.finished = False
         self.cache = DynamicCache(config=self.config.text_config)
         self.cache.visual = self.state = VisualState(
-            self.config.original_tokens_per_frame, precision=precision, capture=capture
+            self.config.original_tokens_per_frame,
+            precision=precision,
+            capture=capture,
+            expected_frames=expected_frames,
         )
         self._model = crosslmm.model
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # video scope only
@@ -95,8 +100,7 @@ class VideoMemory:
         if separator is not None:
             self._model.prefill_text(separator[None, None], self.cache)
         for store in self.state.t2v.values():
-            if store.precision == "native":
-                store.full()  # one tensor instead of a list
+            store.finish()
         self.state.recent = self.state.capture = None
         self._kept = [(layer.keys, layer.values) for layer in self.cache.layers]
         self.finished = True
@@ -129,11 +133,19 @@ class VideoMemory:
         return torch.tensor([ids], device=self._model.device)
 
     @contextmanager
-    def turn(self, capture: MapCapture | None = None) -> Iterator[DynamicCache]:
-        """Lend the cache to one turn; afterwards it ends with the video again."""
+    def turn(self, capture: MapCapture | None = None, *, copies: int = 1) -> Iterator[DynamicCache]:
+        """Lend the cache to one turn; afterwards it ends with the video again.
+
+        `copies`: beams or returned sequences of `generate`; they share what is kept of the video.
+        """
         if not self.finished:
             raise ValueError("call finish() before asking")
         self.rollback()
+        if copies > 1:
+            for layer in self.cache.layers:
+                layer.keys, layer.values = (
+                    x.expand(copies, -1, -1, -1) for x in (layer.keys, layer.values)
+                )
         self.state.capture = capture
         try:
             yield self.cache

@@ -122,3 +122,19 @@ def test_bfloat16_stays_bfloat16() -> None:
 def test_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="int4.*int8.*native.*int3"):
         KeyValueStore("int3")
+
+
+@pytest.mark.parametrize("expected", [FRAMES, FRAMES + 3, FRAMES - 2])
+def test_expected_tokens_change_nothing_but_memory(expected: int) -> None:
+    store = KeyValueStore("native", expected * TOKENS)
+    exact = keys_values()
+    for pair in zip(*(x.split(TOKENS, dim=2) for x in exact), strict=True):
+        store.append(*pair, TOKENS)
+        if expected == FRAMES:
+            assert store.nbytes == filled("native").nbytes  # from the first chunk on
+    for kept, wanted in zip(store.full(), exact, strict=True):
+        assert torch.equal(kept, wanted)
+    store.finish()
+    assert store.nbytes == filled("native").nbytes
+    for kept, wanted in zip(store.full(), exact, strict=True):
+        assert torch.equal(kept, wanted)

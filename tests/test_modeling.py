@@ -292,3 +292,12 @@ def test_missing_times_are_told() -> None:
     del inputs["frame_times"]
     with pytest.raises(ValueError, match="frame_times"):
         crosslmm(**inputs)
+
+
+def test_frames_after_padding_are_refused() -> None:
+    crosslmm = tiny_model()
+    inputs = tiny_inputs(crosslmm.config, batch=1)
+    mask = torch.ones(inputs["pixel_values_videos"].shape[:2], dtype=torch.bool)
+    mask[:, 0] = False
+    with pytest.raises(ValueError, match="padding after them"):
+        crosslmm(**{**inputs, "frame_mask": mask})

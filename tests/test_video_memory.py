@@ -42,10 +42,14 @@ def remember(
     chunks: tuple[int, ...] = (FRAMES,),
     precision: str = "native",
     prefix: list[int] | None = None,
+    expected_frames: int = 0,
 ) -> VideoMemory:
     frames = sum(chunks)
     memory = VideoMemory(
-        crosslmm, precision=precision, prefix_ids=PREFIX if prefix is None else prefix
+        crosslmm,
+        precision=precision,
+        prefix_ids=PREFIX if prefix is None else prefix,
+        expected_frames=expected_frames,
     )
     pixels = tiny_frames(crosslmm.config, 1, frames)[0]
     for part, seconds in zip(pixels.split(chunks), times(frames).split(chunks), strict=True):
@@ -265,3 +269,41 @@ def test_pool_drops_what_was_asked_longest_ago() -> None:
     assert len(pool) == 1 and pool.get("other") is not None
     with pytest.raises(ValueError, match="-1"):
         MemoryPool(-1)
+
+
+@pytest.mark.parametrize("expected", [FRAMES, FRAMES + 4, 3])
+def test_a_wrong_expectation_changes_no_answer(expected: int) -> None:
+    crosslmm = tiny_model()
+    plain, told = remember(crosslmm), remember(crosslmm, (2, 2, 3), expected_frames=expected)
+    assert told.nbytes == plain.nbytes
+    ids, logits = ask(crosslmm, plain)
+    told_ids, told_logits = ask(crosslmm, told)
+    assert told_ids == ids
+    torch.testing.assert_close(told_logits, logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("precision", ["native", "int8"])
+def test_beams_share_a_memory(kernel: str, precision: str) -> None:
+    crosslmm = tiny_model()
+    crosslmm.set_attn_implementation(kernel)
+    options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 5, "do_sample": False}
+    memory = remember(crosslmm, precision=precision)
+    before = memory.nbytes
+    with memory.turn(copies=3) as cache:
+        shared = crosslmm.generate(
+            memory.input_ids(QUESTIONS[0]), past_key_values=cache, **options
+        ).tolist()
+    assert memory.nbytes == before
+    assert len({tuple(row) for row in shared}) == 3
+    with memory.turn() as cache:  # a plain turn afterwards
+        crosslmm.generate(memory.input_ids(QUESTIONS[0]), past_key_values=cache, max_new_tokens=2)
+    if precision == "native":
+        alone = crosslmm.generate(
+            memory.input_ids(QUESTIONS[0]),
+            pixel_values_videos=tiny_frames(crosslmm.config, 1, FRAMES),
+            frame_times=times()[None],
+            use_cache=False,
+            **options,
+        )
+        assert shared == alone.tolist()

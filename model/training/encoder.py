@@ -22,20 +22,21 @@ from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from model.training.frames import render_frame, scene_shape
+from model.training.sign_crops import SignPainter
 from model.training.world import sample_scene, seeded
 from model.training.world_facts import (
     COLOUR_IDS,
     LONGEST_SIGN,
     NOUN_IDS,
     SIGN_CHARACTERS,
+    own_characters,
     patch_labels,
 )
-from model.training.world_parts import Scene
-from model.training.world_render import sign_ink
 
 TRAIN_SEED = 1_000_000  # held-out evaluation uses smaller seeds
 SIGN_SHARE = 0.85  # reading is the hard part: scenes without a sign are mostly drawn again
 CROP = 7  # patches; holds the widest sign
+PAINTED_SHARE = 0.8  # of crops that get a sign painted anew
 # Object, sign colour, the sign's text (all of it on each of its patches), and the one character
 # that lies on the patch itself: that one is learnt first and helps to read the rest.
 CLASSES = (len(NOUN_IDS) + 1, len(COLOUR_IDS) + 1) + (len(SIGN_CHARACTERS) + 1,) * (
@@ -119,58 +120,65 @@ def render_examples(args: tuple[int, int, int, int]) -> tuple[np.ndarray, np.nda
             t = rng.uniform(scene.sign.start, scene.sign.end * 0.999)
         frames[i] = render_frame(scene, t, shape, side, rng)
         truth = patch_labels(scene, t, grid)
-        own = own_characters(scene, truth["sign_chars"])
+        own = own_characters(scene.sign, truth["sign_chars"])
         stacked = np.dstack([truth["nouns"], truth["sign_colours"], truth["sign_chars"], own])
         labels[i] = stacked.reshape(grid * grid, -1)
     return frames, labels
 
 
-def own_characters(scene: Scene, texts: np.ndarray) -> np.ndarray:
-    """The character on each patch of a sign, (grid, grid), from its text on all (grid, grid, 5)."""
-    own = np.zeros(texts.shape[:2], np.int64)
-    covered = np.argwhere(texts[..., 0] > 0)
-    if len(covered):
-        left, _, right, _ = sign_ink(scene.sign)
-        for row, column in covered:
-            share = ((column + 0.5) / len(own) - left) / (right - left)
-            index = int(np.floor(share * len(scene.sign.text)))
-            if 0 <= index < len(scene.sign.text):
-                own[row, column] = texts[row, column, index]
-    return own
-
-
 def crop(
-    frames: np.ndarray, labels: np.ndarray, rng: random.Random, patch: int
+    frames: np.ndarray,
+    labels: np.ndarray,
+    rng: random.Random,
+    patch: int,
+    painter: SignPainter | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut `CROP` x `CROP` patches out of each frame, around its sign where it has one.
 
     Reading takes by far the most steps to learn, and signs cover 4 % of the patches: on crops a
-    step of the same length sees four times as many.
+    step of the same length sees four times as many. A painter puts new signs on most crops.
     """
     grid = int(labels.shape[1] ** 0.5)
     labels = labels.reshape(len(labels), grid, grid, -1)
     pixels, truth, places = [], [], []
     for frame, label in zip(frames, labels, strict=True):
-        marked = np.argwhere(label[..., 1] > 0)
-        if not len(marked):
-            marked = np.argwhere(label[..., 0] > 0)
-        low = high = None
-        if len(marked):
-            low = np.maximum(marked.max(0) + 1 - CROP, 0)
-            high = np.minimum(marked.min(0), grid - CROP)
-        top, left = (
-            rng.randint(0, grid - CROP)
-            if low is None or low[axis] > high[axis]
-            else rng.randint(low[axis], high[axis])
-            for axis in (0, 1)
-        )
+        corner = None
+        if painter is not None and rng.random() < PAINTED_SHARE:
+            corner = _free_corner(label, rng)
+        fresh = corner is not None
+        top, left = corner if fresh else _marked_corner(label, rng)
         rows, columns = slice(top, top + CROP), slice(left, left + CROP)
-        pixels.append(
-            frame[top * patch : (top + CROP) * patch, left * patch : (left + CROP) * patch]
-        )
-        truth.append(label[rows, columns].reshape(CROP * CROP, -1))
+        piece = frame[top * patch : (top + CROP) * patch, left * patch : (left + CROP) * patch]
+        known = label[rows, columns]
+        if fresh:
+            piece, known = painter.paint(piece, known)
+        pixels.append(piece)
+        truth.append(known.reshape(CROP * CROP, -1))
         places.append((np.arange(grid)[rows, None] * grid + np.arange(grid)[columns]).ravel())
     return np.stack(pixels), np.stack(truth), np.stack(places)
+
+
+def _free_corner(label: np.ndarray, rng: random.Random, tries: int = 6) -> tuple[int, int] | None:
+    """Top and left of a random crop that shows nothing of a sign, if a few tries find one."""
+    for _ in range(tries):
+        top, left = (rng.randint(0, len(label) - CROP) for _ in range(2))
+        if not label[top : top + CROP, left : left + CROP, 1].any():
+            return top, left
+    return None
+
+
+def _marked_corner(label: np.ndarray, rng: random.Random) -> tuple[int, int]:
+    """Top and left of a random crop that holds the sign, or else all objects if they fit."""
+    marked = np.argwhere(label[..., 1] > 0)
+    if not len(marked):
+        marked = np.argwhere(label[..., 0] > 0)
+    low, high = np.zeros(2, int), np.full(2, len(label) - CROP)
+    if len(marked):
+        first = np.maximum(marked.max(0) + 1 - CROP, 0)
+        last = np.minimum(marked.min(0), len(label) - CROP)
+        fits = first <= last
+        low, high = np.where(fits, first, low), np.where(fits, last, high)
+    return rng.randint(low[0], high[0]), rng.randint(low[1], high[1])
 
 
 def losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
@@ -198,6 +206,7 @@ def main() -> None:
     parser.add_argument("--crop-steps", type=int, default=3_200, help="of these, first on crops")
     parser.add_argument("--batch", type=int, default=32, help="frames; four times as many crops")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--start", type=Path, help="checkpoint.pt of an encoder to go on from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="for rendering")
     parser.add_argument("--threads", type=int, default=0, help="for training; 0: all")
@@ -241,7 +250,10 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         step = saved["step"]
+    elif args.start is not None:
+        net.load_state_dict(torch.load(args.start, weights_only=True)["net"])
     order = random.Random(args.seed + step)
+    painter = SignPainter(order, side, config.patch_size)
     clock = time.time()
     while step < args.steps:
         batch = args.batch * (4 if step < args.crop_steps else 1)
@@ -249,7 +261,7 @@ def main() -> None:
         net.train()
         images, truth, places = frames[chosen], labels[chosen], None
         if step < args.crop_steps:
-            images, truth, places = crop(images, truth, order, config.patch_size)
+            images, truth, places = crop(images, truth, order, config.patch_size, painter)
             places = torch.from_numpy(places)
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(normalise(images), places)

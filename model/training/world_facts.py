@@ -21,6 +21,7 @@ from model.training.world_parts import (
     Scene,
     Sign,
     World,
+    sign_ink,
 )
 
 NOUN_IDS = {noun: index for index, noun in enumerate(NOUNS, start=1)}
@@ -75,6 +76,20 @@ def patch_labels(scene: Scene, t: float, grid: int) -> dict[str, np.ndarray]:
         text = [CHARACTER_IDS[character] for character in facts.sign.text]
         chars[covered] = text + [0] * (LONGEST_SIGN - len(text))
     return {"nouns": nouns, "sign_colours": colours, "sign_chars": chars}
+
+
+def own_characters(sign: Sign | None, texts: np.ndarray) -> np.ndarray:
+    """The character on each patch of a sign, (grid, grid), from its text on all (grid, grid, 5)."""
+    own = np.zeros(texts.shape[:2], np.int64)
+    covered = np.argwhere(texts[..., 0] > 0)
+    if sign is not None and len(covered):
+        left, _, right, _ = sign_ink(sign)
+        for row, column in covered:
+            share = ((column + 0.5) / len(own) - left) / (right - left)
+            index = int(np.floor(share * len(sign.text)))
+            if 0 <= index < len(sign.text):
+                own[row, column] = texts[row, column, index]
+    return own
 
 
 @dataclass(frozen=True)

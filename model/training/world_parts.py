@@ -127,6 +127,18 @@ class Sign:
         return self.start <= t < self.end
 
 
+def sign_ink(sign: Sign) -> Box:
+    """The part of a sign's box that its letters fill."""
+    left, top, right, bottom = sign.box
+    width, height = right - left, bottom - top
+    return (
+        left + width * 0.07,
+        top + height * 0.144,
+        right - width * 0.07,
+        bottom - height * 0.184,
+    )
+
+
 @dataclass(frozen=True)
 class Distractor:
     """A plain shape that nobody asks about."""

@@ -24,7 +24,6 @@ from model.training.world_parts import (
     Box,
     Distractor,
     Scene,
-    Sign,
     World,
 )
 
@@ -228,8 +227,7 @@ def _lettering(text: str) -> Image.Image:
     return mask.crop(mask.getbbox())
 
 
-@lru_cache(maxsize=256)
-def _sign_sprite(text: str, colour: str, size: tuple[int, int]) -> Image.Image:
+def paint_sign(text: str, colour: str, size: tuple[int, int]) -> Image.Image:
     """A plate with a thin rim, its text as large as it goes, and a shadow along its lower edge."""
     fill = SIGN_COLOURS[colour]
     ink = DARK_TEXT if colour in ("white", "yellow", "orange") else LIGHT_TEXT
@@ -252,13 +250,4 @@ def _sign_sprite(text: str, colour: str, size: tuple[int, int]) -> Image.Image:
     return plate.resize(size, Image.Resampling.BOX)
 
 
-def sign_ink(sign: Sign) -> Box:
-    """The part of a sign's box that its letters fill."""
-    left, top, right, bottom = sign.box
-    width, height = right - left, bottom - top
-    return (
-        left + width * 0.07,
-        top + height * 0.144,
-        right - width * 0.07,
-        bottom - height * 0.184,
-    )
+_sign_sprite = lru_cache(maxsize=256)(paint_sign)

@@ -118,7 +118,7 @@ def run_crosslmm(config: CrossLMMConfig, frames: int, chunk: int) -> dict[str, f
     prefix, question = list(range(1, 1 + BEFORE)), list(range(50, 50 + QUESTION))
 
     def build(count: int) -> VideoMemory:
-        memory = VideoMemory(crosslmm, prefix_ids=prefix)
+        memory = VideoMemory(crosslmm, prefix_ids=prefix, expected_frames=count)
         for start in range(0, count, chunk):
             part = some[: min(chunk, count - start)].clone()
             memory.append(part, torch.arange(start, start + len(part)))
