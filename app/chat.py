@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from app.jobs import Cancelled, Job, JobEvent, Queued, Stopping
@@ -96,6 +96,7 @@ async def run_turn(
         yield Update(Line("working", "Waiting for the model", "waiting"))
         async for batch in job.batches():
             update = _apply(batch, turn)
+            _drop_old_maps(session, turn)
             if all(one is not turn for one in session.turns):  # another video, or a new start
                 yield Update(Line("idle"), finished=True)
                 return
@@ -106,6 +107,15 @@ async def run_turn(
         if turn.outcome == "running":  # nobody waits for it any more
             turn.outcome = "stopped"
             job.cancel()
+
+
+def _drop_old_maps(session: Session, newest: Turn) -> None:
+    """Keep the attention of one answer for a visitor: that of a long answer fills megabytes."""
+    if newest.result is None:
+        return
+    for turn in session.turns:
+        if turn is not newest and turn.result is not None:
+            turn.result = replace(turn.result, attention=None)
 
 
 def _apply(batch: list[JobEvent], turn: Turn) -> Update:
@@ -124,7 +134,7 @@ def _apply(batch: list[JobEvent], turn: Turn) -> Update:
             case Stopping():
                 update = Update(Line("working", "Stopping", "waiting"))
             case Answer():
-                turn.answer = event.text
+                turn.answer, turn.result = event.text, event
                 turn.outcome = "stopped" if event.stopped else "answered"
                 update = Update(Line("done", told(event)), answer=event, finished=True)
             case Failure(message, _):

@@ -156,7 +156,7 @@ class Handlers:
             page.chat: [],
             page.line: fragments.status_line(Line("idle")),
             page.chips: fragments.chips(self._questions(session)),
-            **self._panels(None),
+            **self._panels(None, session),
         }
 
     def _questions(self, session: Session) -> tuple[str, ...]:
@@ -187,29 +187,29 @@ class Handlers:
             if update.accepted:
                 changes |= self._conversation(session)
                 changes |= sent if first else {}
-                changes |= await self._progress(update, first)
+                changes |= await self._progress(session, update, first)
             first = False
             yield changes
 
-    async def _progress(self, update: Update, first: bool) -> Changes:
+    async def _progress(self, session: Session, update: Update, first: bool) -> Changes:
         changes: Changes = {}
         if first or update.finished:
             changes |= self._buttons(running=not update.finished)
         if update.answer is not None:
-            changes |= await asyncio.to_thread(self._panels, update.answer)
+            changes |= await asyncio.to_thread(self._panels, update.answer, session)
         return changes
 
     def _conversation(self, session: Session) -> Changes:
         duration = session.video.info.duration if session.video is not None else 0.0
         return {self._page.chat: fragments.messages(session.turns, duration)}
 
-    def _panels(self, answer: Answer | None) -> Changes:
+    def _panels(self, answer: Answer | None, session: Session) -> Changes:
         shown = answer.attention if answer is not None else None
         duration = answer.video.duration if answer is not None else 0.0
         model = self._worker.status().model
         return {
             self._page.attention: attention_panel(shown, duration, model),
-            self._page.savings: savings_panel(answer),
+            self._page.savings: savings_panel(session.answers()),
         }
 
     def _buttons(self, running: bool) -> Changes:
@@ -229,7 +229,7 @@ class Handlers:
         session = self.session(request)
         session.stop()
         session.turns = []
-        return {self._page.line: fragments.status_line(Line("idle")), **self._panels(None)}
+        return {self._page.line: fragments.status_line(Line("idle")), **self._panels(None, session)}
 
     # The page's life.
 

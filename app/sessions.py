@@ -19,6 +19,7 @@ from app.jobs import Job
 from app.logs import log
 from app.settings import Settings
 from app.sources import Video
+from model.types import Answer
 
 Outcome = Literal["running", "answered", "stopped", "failed"]
 
@@ -33,6 +34,7 @@ class Turn:
     answer: str = ""
     outcome: Outcome = "running"
     problem: str = ""  # why it failed, one sentence
+    result: Answer | None = field(default=None, compare=False)  # older ones without attention
 
 
 @dataclass
@@ -53,6 +55,10 @@ class Session:
         answered = [turn for turn in self.turns if turn.outcome == "answered"]
         kept = answered[len(answered) - min(most, len(answered)) :]
         return tuple((turn.question, turn.answer) for turn in kept)
+
+    def answers(self) -> list[Answer]:
+        """What the model said in this conversation, oldest first."""
+        return [turn.result for turn in self.turns if turn.result is not None]
 
     def stop(self) -> bool:
         """Stop the running job, if there is one."""

@@ -69,7 +69,7 @@ def build(
                 note = _html("", elem_id="note")
             with gr.Column(elem_id="panels", min_width=300):
                 attention = _html(attention_panel(None, 0.0, None), elem_id="attention")
-                savings = _html(savings_panel(None), elem_id="savings")
+                savings = _html(savings_panel(()), elem_id="savings")
         page = Components(
             upload, url, fetch, cancel, notice, player, chat, line, chips, question, ask, stop,
             note, attention, savings,
@@ -247,7 +247,7 @@ def launch_options(settings: Settings, worker: Worker, sessions: Sessions) -> di
         "auth": list(settings.auth) or None,
         "max_file_size": settings.max_upload_bytes,
         "theme": theme(),
-        "css_paths": [STATIC / "page.css"],
+        "css_paths": [STATIC / "page.css", STATIC / "saved.css"],
         "head": f"<script>{script}</script>",
         "favicon_path": STATIC / "favicon.png",
         "footer_links": ["api"],

@@ -38,7 +38,6 @@ from model.cost_formulas import (
     t2v_operations,
     v2v_operations,
 )
-from model.types import Savings
 
 
 @dataclass(frozen=True)
@@ -131,45 +130,6 @@ def _check(
         raise ValueError(
             f"text_before counts some of text_tokens, so at most {text_tokens}; got {text_before}"
         )
-
-
-def count_savings(
-    config: CrossLMMConfig,
-    frames: int,
-    text_tokens: int,
-    generated_tokens: int = 0,
-    *,
-    kv_precision: Precision = "native",
-    dtype: str = "bfloat16",
-    text_before: int = 0,
-) -> Savings:
-    """One turn with pooling and without, as the page shows it.
-
-    Operations leave out what the causal mask hides: it weighs most where nothing is pooled, and
-    counting it would flatter us.
-    """
-    pooled, unpooled = (
-        account(
-            config,
-            frames,
-            text_tokens,
-            generated_tokens,
-            system=system,
-            kv_precision=kv_precision,
-            dtype=dtype,
-            text_before=text_before,
-        )
-        for system in ("crosslmm", "unpooled")
-    )
-    return Savings(
-        original_tokens=pooled.tokens.original,
-        pooled_tokens=frames * config.pooled_tokens_per_frame,
-        text_tokens=text_tokens,
-        operations=pooled.operations.causal,
-        operations_unpooled=unpooled.operations.causal,
-        kv_bytes=pooled.kv_bytes.total,
-        kv_bytes_unpooled=unpooled.kv_bytes.total,
-    )
 
 
 def as_row(result: Account) -> dict[str, object]:

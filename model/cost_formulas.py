@@ -253,7 +253,7 @@ def llm_operations(config: CrossLMMConfig, tokens: Tokens, logits_to_keep: int) 
     weights = shapes.attention_weights + 3 * shapes.width * text.intermediate_size
     total = 2 * tokens.llm * weights * text.num_hidden_layers
     heads = min(logits_to_keep, tokens.prompt) if logits_to_keep else tokens.prompt
-    total += 2 * (heads + tokens.steps) * shapes.width * text.vocab_size
+    total += logit_operations(config, heads + tokens.steps)
     hidden = 0
     for window, layers in _windows(config).items():
         pairs = tokens.prompt**2
@@ -264,6 +264,11 @@ def llm_operations(config: CrossLMMConfig, tokens: Tokens, logits_to_keep: int) 
         pairs += sum(lengths) if window is None else sum(min(n, window) for n in lengths)
         total += layers * attention_operations(1, pairs, shapes.query_width)
     return total, hidden
+
+
+def logit_operations(config: CrossLMMConfig, positions: int) -> int:
+    """Scores of the whole vocabulary at `positions` of the LLM."""
+    return 2 * positions * Shapes.of(config).width * config.text_config.vocab_size
 
 
 def v2v_operations(config: CrossLMMConfig, tokens: Tokens) -> int:

@@ -19,9 +19,9 @@ from PIL import Image
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from model.accounting import count_savings
 from model.attention_maps import MapCapture, TextMaps, text_to_visual
 from model.loading import Loaded, load
+from model.savings import count_savings
 from model.types import (
     Answer,
     AskRequest,
@@ -319,7 +319,7 @@ class Engine:
             ),
             frame_times=np.asarray(memory.times),
             attention=attention,
-            savings=count_savings(memory.config, memory.num_frames, text_tokens, generated),
+            savings=count_savings(memory, text_tokens, generated),
             memory_reused=reused,
             video=entry.info,
             notices=_notices(entry),

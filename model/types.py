@@ -141,21 +141,60 @@ class AttentionSummary:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """Counted cost of reading a video of this many frames and of one question about it."""
+
+    frames: int
+    operations: float
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class SystemCost:
+    """Counted (not measured) cost of one turn in one system; see `model.accounting`."""
+
+    system: str  # `crosslmm`, `unpooled` or `llava-onevision`
+    tokens_per_frame: int  # that its LLM carries
+    visual_tokens: int
+    video_operations: float  # to read the video, once for all its questions
+    question_operations: float  # of a question and its answer on a video that has been read
+    kv_bytes: int
+    most_frames: int  # that fit among its LLM's positions beside this question
+    curve: tuple[CurvePoint, ...] = ()
+
+    def operations(self, memory_reused: bool = False) -> float:
+        """What a turn takes: a reused memory leaves only the question's own text."""
+        return self.question_operations + (0.0 if memory_reused else self.video_operations)
+
+
+@dataclass(frozen=True)
 class Savings:
-    """Counted (not measured) cost of this turn, with pooling and without."""
+    """Counted (not measured) cost of this turn, with pooling and without.
+
+    Operations are 2 per multiply-add, attention included, pairs that the causal mask hides not.
+    All systems are counted alike: each keeps the video that it has read.
+    """
 
     original_tokens: int
-    pooled_tokens: int
     text_tokens: int
-    operations: float  # 2 per multiply-add, attention included
-    operations_unpooled: float  # the same model with every original token in the LLM
-    kv_bytes: int
-    kv_bytes_unpooled: int
+    crosslmm: SystemCost
+    unpooled: SystemCost  # the same model with every original token in the LLM
+    llava_onevision: SystemCost  # its pooling, ceil(side / 2)^2 tokens per frame
+
+    @property
+    def pooled_tokens(self) -> int:
+        """Visual tokens in the LLM."""
+        return self.crosslmm.visual_tokens
 
     @property
     def reduction(self) -> float:
         """Share of visual tokens that the LLM does not have to carry, 0..1."""
         return 1 - self.pooled_tokens / self.original_tokens
+
+    @property
+    def systems(self) -> tuple[SystemCost, ...]:
+        """All that are compared, ours first."""
+        return self.crosslmm, self.llava_onevision, self.unpooled
 
 
 @dataclass(frozen=True)

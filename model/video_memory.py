@@ -112,6 +112,11 @@ class VideoMemory:
         return len(self.times)
 
     @property
+    def dtype(self) -> str:
+        """Of what is kept at full precision, as `float32`."""
+        return str(self.cache.layers[0].keys.dtype).removeprefix("torch.")
+
+    @property
     def length(self) -> int:
         """Tokens in the LLM's cache at the end of the video."""
         separator = int(self.config.frame_separator)

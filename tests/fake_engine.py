@@ -22,6 +22,7 @@ from model.types import (
     Answer,
     AskRequest,
     AttentionSummary,
+    CurvePoint,
     Event,
     FrameView,
     InputError,
@@ -31,6 +32,7 @@ from model.types import (
     Savings,
     StopCheck,
     Stopped,
+    SystemCost,
     Timings,
     TokenCounts,
     VideoInfo,
@@ -156,9 +158,36 @@ def _answer(
         timings=Timings(*spent, first, total),
         frame_times=times,
         attention=_attention(times, tokens, info, request.strongest_frames) if tokens else None,
-        savings=Savings(frames * GRID * GRID, frames, 20, 3.1e9, 8.7e10, 400_000, 75_000_000),
+        savings=_savings(frames, 20),
         memory_reused=reused,
         video=info,
+    )
+
+
+def _savings(frames: int, text: int) -> Savings:
+    def cost(system: str, per_frame: int) -> SystemCost:
+        curve = tuple(
+            CurvePoint(n, 1e7 * n * (per_frame + 5) + (n * per_frame) ** 2, 1e4 * n * per_frame)
+            for n in (2**power for power in range(15))
+        )
+        tokens = frames * per_frame
+        return SystemCost(
+            system=system,
+            tokens_per_frame=per_frame,
+            visual_tokens=tokens,
+            video_operations=1e7 * (tokens + 5 * frames) + tokens**2,
+            question_operations=1e4 * (tokens + text),
+            kv_bytes=10_000 * tokens,
+            most_frames=4096 // per_frame,
+            curve=curve,
+        )
+
+    return Savings(
+        original_tokens=frames * GRID * GRID,
+        text_tokens=text,
+        crosslmm=cost("crosslmm", 1),
+        unpooled=cost("unpooled", GRID * GRID),
+        llava_onevision=cost("llava-onevision", GRID * GRID // 4),
     )
 
 
