@@ -88,6 +88,7 @@ async def run_turn(
         max_frames=settings.max_frames,
         max_new_tokens=settings.max_new_tokens,
         strongest_frames=settings.strongest_frames,
+        bounds=settings.read_bounds,
     )
     turn = Turn(question)
     session.turns.append(turn)

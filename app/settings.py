@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from model.types import ReadBounds
+
 PREFIX = "CROSSLMM_"
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -102,6 +104,25 @@ class Settings:
     max_video_seconds: float = option(
         4 * 3600.0, "limits", float, "longest video that is taken", "S"
     )
+    max_video_pixels: int = option(
+        8192 * 4320, "limits", int, "largest frame of a video, in pixels", "N"
+    )
+    max_video_frames: int = option(2_000_000, "limits", int, "most frames in a video file", "N")
+    check_seconds: float = option(
+        30.0, "limits", float, "longest that checking a video may take", "S"
+    )
+    frame_seconds: float = option(
+        60.0, "limits", float, "longest that decoding may take until the next frame", "S"
+    )
+    read_seconds: float = option(
+        900.0, "limits", float, "longest that decoding and encoding a video may take", "S"
+    )
+    answer_seconds: float = option(
+        300.0, "limits", float, "longest that an answer may take once the video is read", "S"
+    )
+    decoder_memory: int = option(
+        3 * 10**9, "limits", parse_bytes, "memory of the process that decodes a video", "SIZE"
+    )
     max_fetch_bytes: int = option(
         500 * 10**6, "limits", parse_bytes, "most that is downloaded from a pasted address", "SIZE"
     )
@@ -125,7 +146,7 @@ class Settings:
         "model.engine:Engine", "worker", str, "class that answers, as module:name", "NAME"
     )
     stop_grace_seconds: float = option(
-        1.0, "worker", float, "after Stop, the worker is replaced when not idle by then", "S"
+        5.0, "worker", float, "after Stop, the worker is replaced when not idle by then", "S"
     )
     heartbeat_seconds: float = option(0.5, "worker", float, "time between two beats", "S")
     heartbeat_timeout_seconds: float = option(
@@ -163,6 +184,16 @@ class Settings:
             raise ValueError(
                 f"log_level must be debug, info, warning or error, not {self.log_level!r}"
             )
+
+    @property
+    def read_bounds(self) -> ReadBounds:
+        """What the process that reads a video may take."""
+        return ReadBounds(
+            check_seconds=self.check_seconds,
+            frame_seconds=self.frame_seconds,
+            read_seconds=self.read_seconds,
+            memory=self.decoder_memory,
+        )
 
     @classmethod
     def parse(

@@ -14,7 +14,8 @@ from typing import Any
 from app.fetch import Fetched
 from app.logs import log
 from app.settings import Settings, show_bytes
-from model.types import InputError, VideoInfo
+from model.types import InputError, VideoInfo, VideoLimits
+from model.video_sandbox import probe as probe_file
 
 SAMPLES = Path(__file__).parent.parent / "assets" / "samples"
 
@@ -114,15 +115,14 @@ def take_upload(upload: Path, folder: Path, settings: Settings, title: str | Non
 
 
 def probe(path: Path, settings: Settings) -> VideoInfo:
-    """Measure a file. The one place of the page process where a visitor's file is parsed."""
-    # Imported on first use: PyAV would delay the page's start.
-    from model.video import VideoLimits
-    from model.video import probe as probe_file
-
+    """Measure a file, in a process of its own: the page's never parses what visitors bring."""
     limits = VideoLimits(
-        max_duration=settings.max_video_seconds, max_bytes=settings.max_upload_bytes
+        max_duration=settings.max_video_seconds,
+        max_pixels=settings.max_video_pixels,
+        max_packets=settings.max_video_frames,
+        max_bytes=settings.max_upload_bytes,
     )
-    return probe_file(path, limits)
+    return probe_file(path, limits, bounds=settings.read_bounds)
 
 
 def clean_title(name: str) -> str:

@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import asdict
 
-from model.types import Answer, AskRequest, InputError
+from model.types import Answer, AskRequest, InputError, ModelFault
 
 
 def as_json(answer: Answer) -> dict:
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError(f"--max-frames must be at least 1, got {args.max_frames}.")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; see app/worker_child.py
         from model.engine import Engine
-        from model.video import probe
+        from model.video_sandbox import probe
 
         probe(args.video)  # a bad file is known before the model is loaded
         engine = Engine.load(args.model, quantization=args.quantization, device=args.device)
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         for event in engine.ask(request):
             if isinstance(event, Answer):
                 answer = event
-    except InputError as error:
+    except (InputError, ModelFault) as error:
         print(f"ask: {error}", file=sys.stderr)
         return 2
     assert answer is not None

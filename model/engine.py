@@ -9,7 +9,7 @@ import io
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,13 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from model.attention_maps import MapCapture, TextMaps, text_to_visual
+from model.guards import (
+    EndlessRepetition,
+    FiniteScores,
+    LayerStop,
+    free_memory,
+    is_out_of_memory,
+)
 from model.loading import Loaded, load
 from model.savings import count_savings
 from model.types import (
@@ -28,21 +35,30 @@ from model.types import (
     AttentionSummary,
     Event,
     FrameView,
+    ModelFault,
     ModelInfo,
     Piece,
     Progress,
+    ReadBounds,
     StopCheck,
     Stopped,
     Timings,
     TokenCounts,
     VideoInfo,
 )
-from model.video import decode_frames, probe, sample_times
+from model.video import sample_times
 from model.video_memory import MemoryPool, VideoMemory
+from model.video_sandbox import decode_frames, probe
 
 CHUNK_FRAMES = 16  # frames encoded and prefilled together
 CHUNKS_AHEAD = 2  # decoded chunks that may wait for the model
 THUMBNAIL_SIDE = 320  # pixels, longer side of the pictures kept for the page
+MOST_FRAMES = 4096  # of one video, whatever is asked for
+
+_NO_MEMORY = (
+    "There is not enough memory for this video, not even with fewer frames; "
+    "use a shorter video or try again later."
+)
 
 
 @dataclass
@@ -56,10 +72,26 @@ class _Entry:
     encode_seconds: float = 0.0
     prefill_seconds: float = 0.0
     failed_frames: int = 0
+    frames_left_out: int = 0  # because memory ran short
+    clamped: bool = False  # more frames were asked for than are ever used
 
     @property
     def nbytes(self) -> int:
         return self.memory.nbytes + sum(map(len, self.thumbnails))
+
+
+@dataclass
+class _Turn:
+    """A question on its way, and what is known when it has to be tried again."""
+
+    request: AskRequest
+    prefix: list[int]
+    suffix: list[int]
+    key: tuple[object, ...]
+    max_frames: int
+    started: float = field(default_factory=time.perf_counter)
+    planned: int = 0  # frames of the first try
+    said: bool = False
 
 
 class _Pieces(BaseStreamer):
@@ -106,6 +138,7 @@ class Engine:
         self.info: ModelInfo = loaded.info
         self.folder: Path = loaded.folder
         self.pool = MemoryPool(memory_budget)
+        self._layer_stop = LayerStop(self.crosslmm)
 
     @classmethod
     def load(
@@ -132,51 +165,82 @@ class Engine:
 
         Raises:
             InputError: the video or the question cannot be used.
+            ModelFault: the model cannot go on; the next question can be asked.
             Stopped: stopped before the video was ready; nothing of it is kept.
 
         """
-        started = time.perf_counter()
         history = request.history if self.crosslmm.config.multi_turn else ()
         prefix, suffix = self.processor.prompt_ids(request.question, history)
         max_frames = request.max_frames or self.processor.max_frames
         stat = Path(request.video).stat() if Path(request.video).exists() else None
         key = (str(request.video), stat and (stat.st_mtime_ns, stat.st_size), max_frames)
-        entry = self.pool.get(key)
+        turn = _Turn(request, prefix, suffix, key, min(max_frames, MOST_FRAMES))
+        try:
+            yield from self._try(turn, stop)
+            return
+        except ModelFault:
+            self.forget(request.video)  # what is kept of it may be what went wrong
+            raise
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out here the error holds the tensors no longer.
+        yield from self._try_with_less(turn, stop)
+
+    def _try(self, turn: _Turn, stop: StopCheck) -> Iterator[Event]:
+        entry = self.pool.get(turn.key)
         reused = entry is not None
         if entry is None:
-            entry = yield from self._read(request.video, prefix, max_frames, stop)
-            self.pool.put(key, entry)
+            entry = yield from self._read(turn, stop)
+            self.pool.put(turn.key, entry)
+        turn.planned = turn.planned or entry.memory.num_frames
         yield Progress("answering", 0, 0)
-        yield from self._answer(request, entry, suffix, reused, started, stop)
+        yield from self._answer(turn, entry, reused, stop)
+
+    def _try_with_less(self, turn: _Turn, stop: StopCheck) -> Iterator[Event]:
+        """Once more with half the frames, alone in the memory, after it ran out."""
+        self.pool.drop(lambda _: True)
+        free_memory()
+        if turn.said or turn.planned < 2:
+            raise ModelFault(_NO_MEMORY)
+        turn.max_frames = turn.planned // 2
+        try:
+            yield from self._try(turn, stop)
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self.pool.drop(lambda _: True)
+        free_memory()
+        raise ModelFault(_NO_MEMORY)
 
     # Reading a video into a memory.
 
-    def _read(
-        self, path: str, prefix: list[int], max_frames: int, stop: StopCheck
-    ) -> Iterator[Event]:
+    def _read(self, turn: _Turn, stop: StopCheck) -> Generator[Event, None, _Entry]:
+        path, bounds = turn.request.video, turn.request.bounds
         yield Progress("reading", 0, 0)
-        info = probe(path)
-        times = sample_times(
-            info.duration, max_frames=max_frames, frame_rate=self.processor.frame_rate
+        info = probe(path, stop=stop, bounds=bounds)
+        rate = self.processor.frame_rate
+        times = sample_times(info.duration, max_frames=turn.max_frames, frame_rate=rate)
+        turn.planned = turn.planned or len(times)
+        memory = VideoMemory(
+            self.crosslmm,
+            prefix_ids=turn.prefix,
+            capture=MapCapture(v2v=False),
+            expected_frames=len(times),
         )
-        entry = _Entry(
-            VideoMemory(
-                self.crosslmm,
-                prefix_ids=prefix,
-                capture=MapCapture(v2v=False),
-                expected_frames=len(times),
-            ),
-            info,
-        )
+        entry = _Entry(memory, info, frames_left_out=turn.planned - len(times))
+        entry.clamped = turn.key[-1] > MOST_FRAMES and len(times) == MOST_FRAMES
         chunks: queue.Queue = queue.Queue(CHUNKS_AHEAD)
         quit_reading = threading.Event()
         reader = threading.Thread(
             target=self._decode,
-            args=(path, times, info, chunks, lambda: quit_reading.is_set() or stop()),
+            args=(info, times, bounds, chunks, lambda: quit_reading.is_set() or stop()),
             daemon=True,
         )
         reader.start()
         total = len(times)
+        self._layer_stop.check = stop
         try:
             while True:
                 try:
@@ -201,6 +265,7 @@ class Engine:
             entry.memory.finish()
             entry.prefill_seconds += time.perf_counter() - clock
         finally:
+            self._layer_stop.check = None
             quit_reading.set()
             while reader.is_alive():  # unblock a reader that waits for room in the queue
                 try:
@@ -211,30 +276,31 @@ class Engine:
 
     def _decode(
         self,
-        path: str,
-        times: np.ndarray,
         info: VideoInfo,
+        times: np.ndarray,
+        bounds: ReadBounds,
         chunks: queue.Queue,
         stop: StopCheck,
     ) -> None:
         """Runs in a thread: decode and resize, a chunk at a time, while the model works."""
         try:
-            frames, done = decode_frames(path, times, stop=stop, info=info), False
-            while not done:
-                clock = time.perf_counter()
-                images, seconds = [], []
-                while len(images) < CHUNK_FRAMES:
-                    frame = next(frames, None)
-                    if frame is None:
-                        done = True
-                        break
-                    images.append(frame.image)
-                    seconds.append(frame.time)
-                if images:
-                    pixels = self.processor.preprocess_frames(images)
-                    pictures = [_jpeg(image) for image in images]
-                    spent = time.perf_counter() - clock
-                    chunks.put((pixels, torch.tensor(seconds), pictures, spent, frames.failed))
+            done = False
+            with decode_frames(info.path, times, info=info, stop=stop, bounds=bounds) as frames:
+                while not done:
+                    clock = time.perf_counter()
+                    images, seconds = [], []
+                    while len(images) < CHUNK_FRAMES:
+                        frame = next(frames, None)
+                        if frame is None:
+                            done = True
+                            break
+                        images.append(frame.image)
+                        seconds.append(frame.time)
+                    if images:
+                        pixels = self.processor.preprocess_frames(images)
+                        pictures = [_jpeg(image) for image in images]
+                        spent = time.perf_counter() - clock
+                        chunks.put((pixels, torch.tensor(seconds), pictures, spent, frames.failed))
             chunks.put(None)
         except BaseException as error:  # handed to the thread that reads the queue
             chunks.put(error)
@@ -252,15 +318,8 @@ class Engine:
 
     # Answering on a memory.
 
-    def _answer(
-        self,
-        request: AskRequest,
-        entry: _Entry,
-        suffix: list[int],
-        reused: bool,
-        started: float,
-        stop: StopCheck,
-    ) -> Iterator[Event]:
+    def _answer(self, turn: _Turn, entry: _Entry, reused: bool, stop: StopCheck) -> Iterator[Event]:
+        request, suffix, started = turn.request, turn.suffix, turn.started
         memory, events = entry.memory, queue.Queue()
         capture = MapCapture()
         pieces = _Pieces(self.processor.tokenizer, events)
@@ -268,15 +327,24 @@ class Engine:
         limit = request.max_new_tokens or self.crosslmm.generation_config.max_new_tokens or 128
 
         left = threading.Event()  # the caller went away in the middle
+        prompt = memory.input_ids(suffix)
+        repetition = EndlessRepetition(prompt.shape[1])
+
+        def stop_early() -> bool:  # later, the words said so far are the answer
+            return pieces.first_token is None and (left.is_set() or stop())
 
         def generate() -> None:
             try:
                 with torch.inference_mode():
                     self.crosslmm.generate(
-                        memory.input_ids(suffix),
+                        prompt,
                         past_key_values=memory.cache,
                         streamer=pieces,
-                        stopping_criteria=[_StopOn(lambda: left.is_set() or stop())],
+                        stopping_criteria=[
+                            _StopOn(lambda: left.is_set() or stop()),
+                            repetition,
+                        ],
+                        logits_processor=[FiniteScores()],
                         max_new_tokens=limit,
                         do_sample=False,
                     )
@@ -286,15 +354,18 @@ class Engine:
                 events.put(None)
 
         with memory.turn(capture):
+            self._layer_stop.check = stop_early
             thread = threading.Thread(target=generate, daemon=True)
             thread.start()
             try:
                 while (event := events.get()) is not None:
+                    turn.said = True
                     yield event
             finally:
                 left.set()  # the cache is rolled back only after its last writer is gone
                 thread.join()
-            if failure:
+                self._layer_stop.check = None
+            if failure and not isinstance(failure[0], Stopped):
                 raise failure[0]
             attention = self._attention(entry, capture, pieces.ids, request.strongest_frames)
         generated = len(pieces.ids)
@@ -322,7 +393,7 @@ class Engine:
             savings=count_savings(memory, text_tokens, generated),
             memory_reused=reused,
             video=entry.info,
-            notices=_notices(entry),
+            notices=_notices(entry, repetition.found),
         )
 
     def _attention(
@@ -372,10 +443,18 @@ def _jpeg(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _notices(entry: _Entry) -> tuple[str, ...]:
-    if not entry.failed_frames:
-        return ()
-    return (
-        f"{entry.failed_frames} sampled frames could not be decoded and were left out; "
-        f"{entry.memory.num_frames} were used.",
-    )
+def _notices(entry: _Entry, repeated: bool) -> tuple[str, ...]:
+    used = entry.memory.num_frames
+    notices = []
+    if entry.failed_frames:
+        notices.append(
+            f"{entry.failed_frames} sampled frames could not be decoded and were left out; "
+            f"{used} were used."
+        )
+    if entry.frames_left_out:
+        notices.append(f"Memory ran short, so only {used} frames were used.")
+    if entry.clamped:
+        notices.append(f"At most {MOST_FRAMES} frames of a video are ever used.")
+    if repeated:
+        notices.append("The answer only repeated itself and was ended.")
+    return tuple(notices)

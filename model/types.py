@@ -18,6 +18,10 @@ class InputError(ValueError):
     """The user's input cannot be used. The message is one sentence that can be shown as it is."""
 
 
+class ModelFault(Exception):
+    """The model cannot go on with this question. The message is one sentence, shown as it is."""
+
+
 class Stopped(Exception):
     """The user pressed Stop; raised between two steps, when the state is consistent."""
 
@@ -39,6 +43,35 @@ class VideoInfo:
     num_frames: int  # frames in the stream
     rotation: int  # degrees clockwise that were applied to stand the picture upright
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class VideoLimits:
+    """What is still accepted as a video."""
+
+    max_duration: float = 4 * 3600.0  # seconds
+    max_pixels: int = 8192 * 4320  # of one frame
+    max_packets: int = 2_000_000  # compressed frames in the video stream
+    max_bytes: int = 16 << 30
+
+
+@dataclass(frozen=True)
+class ReadBounds:
+    """What the process that reads a video may take before it is ended. Seconds and bytes."""
+
+    check_seconds: float = 30.0  # checking a file
+    frame_seconds: float = 60.0  # decoding until the next frame
+    read_seconds: float = 900.0  # decoding all frames
+    memory: int = 3 * 10**9
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One picture of the video."""
+
+    index: int  # which of the desired times it stands for
+    time: float  # seconds from the video's first frame to this very picture
+    image: np.ndarray  # (height, width, 3) uint8 RGB, upright
 
 
 @dataclass(frozen=True)
@@ -70,6 +103,7 @@ class AskRequest:
     max_frames: int | None = None  # None: the model's own default
     max_new_tokens: int | None = None
     strongest_frames: int = 6  # how many frames get a patch map and a picture in the answer
+    bounds: ReadBounds = ReadBounds()  # what reading the video may take
 
 
 @dataclass(frozen=True)

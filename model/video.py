@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import av
 import numpy as np
 
-from model.types import InputError, StopCheck, Stopped, VideoInfo
+from model.types import Frame, InputError, StopCheck, Stopped, VideoInfo, VideoLimits
 from model.video_container import CODECS, OpenVideo, Orientation
-from model.video_decoders import Frame, PyAVSource, fitted_size
+from model.video_decoders import PyAVSource, fitted_size
 from model.video_decord import DecordSource
-from model.video_index import MAX_PACKETS, any_frame, build_index
+from model.video_index import any_frame, build_index
 
 __all__ = ["Frame", "FrameReader", "VideoLimits", "decode_frames", "probe", "sample_times"]
 
 Decoder = Literal["auto", "pyav", "decord"]
+_LIMITS = VideoLimits()
 
 
 def never() -> bool:
@@ -31,19 +31,7 @@ MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
 MATROSKA = b"\x1aE\xdf\xa3"
 
 
-@dataclass(frozen=True)
-class VideoLimits:
-    """What is still accepted as a video."""
-
-    max_duration: float = 4 * 3600.0  # seconds
-    max_pixels: int = 8192 * 4320  # of one frame
-    max_packets: int = MAX_PACKETS  # compressed frames in the video stream
-    max_bytes: int = 16 << 30
-
-
-def probe(
-    path: str | Path, limits: VideoLimits = VideoLimits(), stop: StopCheck = never
-) -> VideoInfo:
+def probe(path: str | Path, limits: VideoLimits = _LIMITS, stop: StopCheck = never) -> VideoInfo:
     """Check that the file is a video that can be used, and measure it by its packets.
 
     Raises `InputError` with one sentence for the user when it cannot be used.

@@ -19,7 +19,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, VideoReformatter
 
-from model.types import StopCheck, Stopped
+from model.types import Frame, StopCheck, Stopped
 from model.video_container import OpenVideo, Orientation
 from model.video_index import PacketIndex, build_index
 
@@ -32,15 +32,6 @@ SEGMENT_END = object()
 # A run's last frame is taken early in its window where that saves this much of decoding.
 EARLY_SECONDS = 1.0
 EARLY_SHARE = 0.25
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One picture of the video."""
-
-    index: int  # which of the desired times it stands for
-    time: float  # seconds from the video's first frame to this very picture
-    image: np.ndarray  # (height, width, 3) uint8 RGB, upright
 
 
 def windows(times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

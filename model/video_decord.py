@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from model.types import InputError, StopCheck, Stopped
+from model.types import Frame, InputError, StopCheck, Stopped
 from model.video_container import CODECS, OpenVideo, Orientation
-from model.video_decoders import Frame, available_cores, fitted_size, windows
+from model.video_decoders import available_cores, fitted_size, windows
 from model.video_index import any_frame, build_index
 
 if TYPE_CHECKING:
