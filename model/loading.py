@@ -29,6 +29,7 @@ QUANTIZATIONS = ("auto", "none", "8bit", "4bit")
 # Kept in full precision under quantisation: the encoder sees every original token and everything
 # downstream hangs on it; gates and norms are no linear layers and stay whole anyway.
 UNQUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+CROSS_ATTENTION = (r"model\.language_model\.layers\.\d+\.dual_cross_attention",)
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def load(
     on_gpu = device.startswith("cuda")
     if quantization == "auto":
         quantization = "4bit" if on_gpu else "none"
-    folder = _folder(source, pooled_grid)
+    folder = checkpoint_folder(source, pooled_grid)
     kernel = "flash_attention_2" if on_gpu and find_spec("flash_attn") else "sdpa"
     dtype = torch.bfloat16 if on_gpu or quantization != "none" else torch.float32
     config = CrossLMMConfig.from_pretrained(folder)
@@ -84,7 +85,7 @@ def load(
         dtype=dtype,
         attn_implementation=kernel,
         device_map=device,
-        quantization_config=_quantization(quantization),
+        quantization_config=quantization_config(quantization),
     ).eval()
     processor = AutoProcessor.from_pretrained(folder)
     processor.pooled_tokens_per_frame = config.pooled_tokens_per_frame
@@ -125,21 +126,23 @@ def _device(device: str) -> str:
     return device
 
 
-def _quantization(name: str) -> BitsAndBytesConfig | None:
+def quantization_config(name: str, keep: tuple[str, ...] = ()) -> BitsAndBytesConfig | None:
+    """Settings of `4bit` (NF4) or `8bit`; modules that match `keep` stay whole, too."""
+    whole = [*UNQUANTIZED, *keep]
     if name == "4bit":
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=UNQUANTIZED,
+            llm_int8_skip_modules=whole,
         )
     if name == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     return None
 
 
-def _folder(source: str | Path | None, pooled_grid: int | None) -> Path:
+def checkpoint_folder(source: str | Path | None, pooled_grid: int | None = None) -> Path:
     """A local CrossLMM folder: the source itself, fetched from the hub, or converted once."""
     if source is None:
         if not (BUNDLED / "config.json").exists():

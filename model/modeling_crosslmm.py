@@ -131,8 +131,15 @@ class CrossLMMTextModel(Qwen2Model):
         self.norm = Qwen2RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.rotary_emb = Qwen2RotaryEmbedding(config=text)
         self.gradient_checkpointing = False
+        self.gate_init = config.gate_init
         self.has_sliding_layers = "sliding_attention" in text.layer_types
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CrossAttention):
+            init.constant_(module.gate, self.gate_init)
 
 
 class CrossLMMPreTrainedModel(PreTrainedModel):
@@ -151,7 +158,7 @@ class CrossLMMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, CrossAttention):
+        if isinstance(module, CrossAttention):  # the decoder's, when it is initialised from here
             init.constant_(module.gate, self.config.gate_init)
         elif isinstance(module, CrossLMMModel) and module.frame_separator is not None:
             init.normal_(module.frame_separator, std=self.config.hidden_size**-0.5)
@@ -190,13 +197,18 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         return tower.post_layernorm(features) if self.config.vision_post_layernorm else features
 
     def embed_frames(
-        self, features: torch.Tensor, frame_times: torch.Tensor | None
+        self,
+        features: torch.Tensor,
+        frame_times: torch.Tensor | None,
+        grid: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (B, T, N, Dv), seconds (B, T) -> pooled (B, T, P, D), memory (B, T, N, D).
 
-        The memory is RMS-normalised here, once, instead of in front of every branch.
+        The memory is RMS-normalised here, once, instead of in front of every branch. `grid` pools
+        to another side than the checkpoint's.
         """
-        grid, projector = self.config.pooled_grid, self.multi_modal_projector
+        grid = self.config.pooled_grid if grid is None else grid
+        projector = self.multi_modal_projector
         original = projector(features)
         if self.config.pool_after_projector:
             pooled = token_merge(original, grid)
@@ -313,6 +325,43 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             inputs_embeds=embeds, past_key_values=cache, use_cache=True, visual=context
         )
 
+    def place_frames(
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        pooled: torch.Tensor,
+        frame_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Put pooled tokens (B, T, P, D), and the separator, at the placeholders; (B, L, D).
+
+        Raises:
+            ValueError: the placeholders in `input_ids` do not match the frames.
+
+        """
+        visual = pooled.flatten(1, 2)  # (B, T*P, D)
+        keep = torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device)
+        if frame_mask is not None:
+            if bool((frame_mask[:, 1:] & ~frame_mask[:, :-1]).any()):
+                raise ValueError(
+                    "frame_mask must be True for a video's frames and False for the padding after "
+                    "them; got a row with a frame after padding"
+                )
+            keep = frame_mask.repeat_interleave(pooled.shape[2], dim=1)
+        if self.frame_separator is not None:
+            separator = self.frame_separator.expand(len(visual), 1, -1).to(visual.dtype)
+            visual = torch.cat((visual, separator), dim=1)
+            keep = torch.cat((keep, keep.any(1, keepdim=True)), dim=1)
+        is_visual = input_ids == self.config.video_token_id
+        placed, given = is_visual.sum(1), keep.sum(1)
+        if not torch.equal(placed, given):
+            raise ValueError(
+                f"each prompt needs one placeholder per pooled token: expected {given.tolist()}, "
+                f"found {placed.tolist()}; build prompts with CrossLMMProcessor"
+            )
+        return inputs_embeds.masked_scatter(
+            is_visual.unsqueeze(-1), visual[keep].to(inputs_embeds.dtype)
+        )
+
     def _insert_video(
         self,
         input_ids: torch.Tensor,
@@ -325,29 +374,8 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         """Put pooled tokens at their placeholders and describe who may look at what."""
         pooled, memory = self.embed_frames(features, frame_times)
         per_frame, length = pooled.shape[2], input_ids.shape[1]
-        visual = pooled.flatten(1, 2)  # (B, T*P, D)
-        keep = torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device)
-        if frame_mask is not None:
-            if bool((frame_mask[:, 1:] & ~frame_mask[:, :-1]).any()):
-                raise ValueError(
-                    "frame_mask must be True for a video's frames and False for the padding after "
-                    "them; got a row with a frame after padding"
-                )
-            keep = frame_mask.repeat_interleave(per_frame, dim=1)
-        if self.frame_separator is not None:
-            separator = self.frame_separator.expand(len(visual), 1, -1).to(visual.dtype)
-            visual = torch.cat((visual, separator), dim=1)
-            keep = F.pad(keep, (0, 1), value=True)
+        inputs_embeds = self.place_frames(input_ids, inputs_embeds, pooled, frame_mask)
         is_visual = input_ids == self.config.video_token_id
-        placed, given = is_visual.sum(1), keep.sum(1)
-        if not torch.equal(placed, given):
-            raise ValueError(
-                f"each prompt needs one placeholder per pooled token: expected {given.tolist()}, "
-                f"found {placed.tolist()}; build prompts with CrossLMMProcessor"
-            )
-        inputs_embeds = inputs_embeds.masked_scatter(
-            is_visual.unsqueeze(-1), visual[keep].to(inputs_embeds.dtype)
-        )
         # Stable sort: the columns of the placeholders first, in order.
         index = is_visual.long().argsort(dim=1, descending=True, stable=True)
         columns = torch.arange(length, device=input_ids.device)

@@ -201,20 +201,20 @@ class CrossLMMProcessor(ProcessorMixin):
         turns = [*history, (question, None)]
         messages: list[dict[str, Any]] = []
         for i, (asked, answered) in enumerate(turns):
-            content: list[dict[str, str]] = [{"type": "text", "text": self._plain(asked)}]
+            content: list[dict[str, str]] = [{"type": "text", "text": self.plain_text(asked)}]
             if i == 0:
                 content.insert(0, {"type": "video"})
             messages.append({"role": "user", "content": content})
             if answered is not None:
                 # A list, because templates of other checkpoints pass over bare strings.
-                content = [{"type": "text", "text": self._plain(answered)}]
+                content = [{"type": "text", "text": self.plain_text(answered)}]
                 messages.append({"role": "assistant", "content": content})
         text = self.apply_chat_template(messages, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         at = ids.index(self.video_token_id)
         return ids[:at], ids[at + 1 :]
 
-    def _plain(self, text: str) -> str:
+    def plain_text(self, text: str) -> str:
         """A control token in someone's text must not act as one: break it after its bracket."""
         for token in self.tokenizer.get_added_vocab():
             text = text.replace(token, f"{token[0]} {token[1:]}")

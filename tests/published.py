@@ -112,9 +112,11 @@ def save_siglip(folder: Path) -> SiglipModel:
     return siglip
 
 
-def save_qwen2(folder: Path, tied: bool = True, placeholder: bool = True) -> Qwen2ForCausalLM:
-    """Like `Qwen/Qwen2.5-1.5B-Instruct`."""
-    qwen = Qwen2ForCausalLM(Qwen2Config(**{**LLM, "tie_word_embeddings": tied}))
+def save_qwen2(
+    folder: Path, tied: bool = True, placeholder: bool = True, **text: Any
+) -> Qwen2ForCausalLM:
+    """Like `Qwen/Qwen2.5-1.5B-Instruct`; `text` changes its config."""
+    qwen = Qwen2ForCausalLM(Qwen2Config(**{**LLM, "tie_word_embeddings": tied, **text}))
     randomize(qwen, seed=3).eval()
     save_weights(qwen, folder)
     save_tokenizer(folder, ["<|image_pad|>", "<|video_pad|>"] if placeholder else [])
