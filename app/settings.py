@@ -55,9 +55,28 @@ def parse_auth(text: str) -> tuple[tuple[str, str], ...]:
     return pairs
 
 
-def option(default: Any, group: str, read: Any, text: str, metavar: str | None = None) -> Any:
-    """Declare a field that is also an option: how to read it, and its line of help."""
-    metadata = {"group": group, "read": read, "help": text, "metavar": metavar}
+def option(
+    default: Any,
+    group: str,
+    read: Any,
+    text: str,
+    metavar: str | None = None,
+    *,
+    choices: tuple[str, ...] = (),
+    shared: Any = None,
+) -> Any:
+    """Declare a field that is also an option: how to read it, and its line of help.
+
+    `choices` are all that may be given; `shared` is the default where the page is public.
+    """
+    metadata = {
+        "group": group,
+        "read": read,
+        "help": text,
+        "metavar": "|".join(choices) or metavar,
+        "choices": choices,
+        "shared": shared,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -68,7 +87,28 @@ class Settings:
     model: str | None = option(
         None, "model", str, "local folder or hub id; the bundled model when not given", "SOURCE"
     )
-    quantization: str = option("auto", "model", str, "how to hold the weights", "HOW")
+    quantization: str = option(
+        "auto",
+        "model",
+        str.lower,
+        "how to hold the weights; auto is 4bit on a GPU and none on a CPU",
+        choices=("auto", "none", "8bit", "4bit"),
+    )
+    pooled_grid: int | None = option(
+        None,
+        "model",
+        int,
+        "side of the grid that each frame is pooled to: 3 is 9 tokens per frame in the language "
+        "model; the checkpoint's own when not given",
+        "N",
+    )
+    kv_precision: str = option(
+        "native",
+        "model",
+        str.lower,
+        "how to hold a video's keys and values: int8 takes half the memory, int4 a quarter",
+        choices=("native", "int8", "int4"),
+    )
     device: str = option("auto", "model", str, "device that runs the model", "NAME")
     memory_budget: int = option(
         2 * 10**9, "model", parse_bytes, "memory for videos kept for more questions", "SIZE"
@@ -89,9 +129,24 @@ class Settings:
     port: int | None = option(
         None, "server", int, "port to listen on; the first free one from 7860 when not given", "N"
     )
-    share: bool = option(False, "server", parse_flag, "make a public link through a tunnel")
+    share: bool = option(
+        False,
+        "server",
+        parse_flag,
+        "make a public link through a tunnel; limits are tighter then, unless given",
+    )
     auth: tuple[tuple[str, str], ...] = option(
-        (), "server", parse_auth, "ask visitors to log in", "USER:PASSWORD"
+        (),
+        "server",
+        parse_auth,
+        "ask visitors to log in; several users separated by commas",
+        "USER:PASSWORD",
+    )
+    mcp: bool = option(
+        False,
+        "server",
+        parse_flag,
+        "serve the endpoints as MCP tools too; needs: pip install 'gradio[mcp]'",
     )
     data_dir: str | None = option(
         None, "server", str, "folder for visitors' videos; a temporary one when not given", "FOLDER"
@@ -99,10 +154,10 @@ class Settings:
     log_level: str = option("info", "server", str.lower, "debug, info, warning or error", "LEVEL")
 
     max_upload_bytes: int = option(
-        2 * 10**9, "limits", parse_bytes, "largest video that is taken", "SIZE"
+        2 * 10**9, "limits", parse_bytes, "largest video that is taken", "SIZE", shared=500 * 10**6
     )
     max_video_seconds: float = option(
-        4 * 3600.0, "limits", float, "longest video that is taken", "S"
+        4 * 3600.0, "limits", float, "longest video that is taken", "S", shared=3600.0
     )
     max_video_pixels: int = option(
         8192 * 4320, "limits", int, "largest frame of a video, in pixels", "N"
@@ -124,22 +179,34 @@ class Settings:
         3 * 10**9, "limits", parse_bytes, "memory of the process that decodes a video", "SIZE"
     )
     max_fetch_bytes: int = option(
-        500 * 10**6, "limits", parse_bytes, "most that is downloaded from a pasted address", "SIZE"
+        500 * 10**6,
+        "limits",
+        parse_bytes,
+        "most that is downloaded from a pasted address",
+        "SIZE",
+        shared=200 * 10**6,
     )
     max_fetch_seconds: float = option(
         600.0, "limits", float, "longest time that such a download may take", "S"
     )
-    max_fetches: int = option(4, "limits", int, "such downloads at the same time", "N")
+    max_fetches: int = option(4, "limits", int, "such downloads at the same time", "N", shared=2)
     max_question_chars: int = option(2000, "limits", int, "longest question", "N")
     max_history_turns: int = option(
         8, "limits", int, "earlier questions that the model is told of", "N"
     )
-    queue_size: int = option(20, "limits", int, "questions that may wait before 'busy'", "N")
+    queue_size: int = option(
+        20, "limits", int, "questions that may wait before 'busy'", "N", shared=8
+    )
     session_idle_seconds: float = option(
-        2 * 3600.0, "limits", float, "a visitor's videos are deleted after this much silence", "S"
+        2 * 3600.0,
+        "limits",
+        float,
+        "a visitor's videos are deleted after this much silence",
+        "S",
+        shared=1800.0,
     )
     session_grace_seconds: float = option(
-        600.0, "limits", float, "... and this long after the page was closed", "S"
+        600.0, "limits", float, "... and this long after the page was closed", "S", shared=120.0
     )
 
     engine: str = option(
@@ -160,10 +227,21 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        optional = {"max_frames", "max_new_tokens", "port"}
-        not_counted = {"share", "max_restarts", "max_history_turns", "strongest_frames", "port"}
+        optional = {"max_frames", "max_new_tokens", "pooled_grid", "port"}
+        not_counted = {
+            "share",
+            "mcp",
+            "max_restarts",
+            "max_history_turns",
+            "strongest_frames",
+            "port",
+        }
         for one in fields(self):
-            value = getattr(self, one.name)
+            value, choices = getattr(self, one.name), one.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(
+                    f"{one.name} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}"
+                )
             if value is None and one.name in optional:
                 continue
             if isinstance(value, int | float) and one.name not in not_counted and not value > 0:
@@ -213,6 +291,9 @@ class Settings:
                     values[one.name] = one.metadata["read"](environ[variable])
             except ValueError as error:
                 parser.error(f"{variable}: {error}")
+        if values.get("share"):
+            tighter = {one.name: one.metadata["shared"] for one in fields(cls)}
+            values = {name: value for name, value in tighter.items() if value is not None} | values
         try:
             return cls(**values)
         except ValueError as error:
@@ -235,10 +316,10 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
     }
     for one in fields(cls):
         read, metavar = one.metadata["read"], one.metadata["metavar"]
-        shown = show_bytes(one.default) if read is parse_bytes else one.default
-        told = one.metadata["help"]
+        told, shared = one.metadata["help"], one.metadata["shared"]
         if one.default is not None and one.default != () and read is not parse_flag:
-            told += f" (default: {shown})"
+            tighter = f"; {_shown(shared, read)} with --share" if shared is not None else ""
+            told += f" (default: {_shown(one.default, read)}{tighter})"
         name = "--" + one.name.replace("_", "-")
         if read is parse_flag:
             kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
@@ -246,6 +327,10 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
             kind = {"type": _named(read), "metavar": metavar}
         groups[one.metadata["group"]].add_argument(name, default=None, help=told, **kind)
     return parser
+
+
+def _shown(value: Any, read: Any) -> str:
+    return show_bytes(value) if read is parse_bytes else f"{value:g}" if read is float else value
 
 
 def _named(read: Any) -> Any:

@@ -245,6 +245,7 @@ def launch_options(settings: Settings, worker: Worker, sessions: Sessions) -> di
         "server_port": settings.port,
         "share": settings.share,
         "auth": list(settings.auth) or None,
+        "mcp_server": settings.mcp,
         "max_file_size": settings.max_upload_bytes,
         "theme": theme(),
         "css_paths": [STATIC / "page.css", STATIC / "saved.css"],

@@ -178,7 +178,15 @@ class Worker:
                 self._deaths_in_a_row, child.ready = 0, True
                 self._set_state("ready", model=model)
                 seconds = time.monotonic() - child.started
-                log("worker_ready", seconds=seconds, device=model.device)
+                log(
+                    "worker_ready",
+                    seconds=seconds,
+                    model=model.name,
+                    revision=model.revision,
+                    device=model.device,
+                    quantization=model.quantization,
+                    attention=model.attention,
+                )
             case LoadFailed(text):
                 self._fail(text)
             case JobEventMessage(number, event):

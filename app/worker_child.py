@@ -191,6 +191,8 @@ def _load(settings: Settings) -> Any:
         quantization=settings.quantization,
         device=settings.device,
         memory_budget=settings.memory_budget,
+        pooled_grid=settings.pooled_grid,
+        kv_precision=settings.kv_precision,
     )
 
 

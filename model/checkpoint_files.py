@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt"]  # what is fetched from a hub repository
 SHARD_BYTES = 1 << 30
+_WHOLE_BYTES = 1 << 30  # of weights that are summed up whole
+_SAMPLE_BYTES = 4 << 20
 
 
 def local_folder(source: str | Path) -> Path:
@@ -42,6 +45,30 @@ def local_folder(source: str | Path) -> Path:
             f"({type(error).__name__}); check the name or the connection, or download the "
             "repository elsewhere and give its folder."
         ) from error
+
+
+def revision(folder: Path) -> str:
+    """Name a checkpoint's weights: `commit:` and a hub snapshot's hash, or `sha256:` of the files.
+
+    Of large files only the first and last megabytes and the size go into the sum: it tells
+    checkpoints apart within a second, and is marked `sha256-sampled:`.
+    """
+    if folder.parent.name == "snapshots":
+        return f"commit:{folder.name}"
+    files = sorted(folder.glob("*.safetensors"))
+    sampled = sum(file.stat().st_size for file in files) > _WHOLE_BYTES
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as weights:
+            if sampled:
+                size = file.stat().st_size
+                digest.update(f"{file.name} {size}".encode() + weights.read(_SAMPLE_BYTES))
+                weights.seek(max(0, size - _SAMPLE_BYTES))
+                digest.update(weights.read())
+            else:
+                while part := weights.read(_SAMPLE_BYTES):
+                    digest.update(part)
+    return f"sha256{'-sampled' if sampled else ''}:{digest.hexdigest()}"
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

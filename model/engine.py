@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from model.guards import (
     free_memory,
     is_out_of_memory,
 )
+from model.key_value_store import PRECISIONS
 from model.loading import Loaded, load
 from model.savings import count_savings
 from model.types import (
@@ -35,6 +36,7 @@ from model.types import (
     AttentionSummary,
     Event,
     FrameView,
+    InputError,
     ModelFault,
     ModelInfo,
     Piece,
@@ -132,10 +134,12 @@ class _StopOn(StoppingCriteria):
 class Engine:
     """Answers questions about local video files."""
 
-    def __init__(self, loaded: Loaded, *, memory_budget: int = 2 << 30) -> None:
+    def __init__(
+        self, loaded: Loaded, *, memory_budget: int = 2 << 30, kv_precision: str = "native"
+    ) -> None:
         self.crosslmm = loaded.crosslmm
         self.processor = loaded.processor
-        self.info: ModelInfo = loaded.info
+        self.info: ModelInfo = replace(loaded.info, kv_precision=kv_precision)
         self.folder: Path = loaded.folder
         self.pool = MemoryPool(memory_budget)
         self._layer_stop = LayerStop(self.crosslmm)
@@ -148,10 +152,19 @@ class Engine:
         quantization: str = "auto",
         device: str = "auto",
         memory_budget: int = 2 << 30,
+        pooled_grid: int | None = None,
+        kv_precision: str = "native",
     ) -> Engine:
-        """Load a model (see `model.loading.load`) keeping `memory_budget` bytes of videos."""
-        loaded = load(source, quantization=quantization, device=device)
-        return cls(loaded, memory_budget=memory_budget)
+        """Load a model (see `model.loading.load`) keeping `memory_budget` bytes of videos.
+
+        Their T2V keys and values are held at `kv_precision`: `native`, `int8` or `int4`.
+        """
+        if kv_precision not in PRECISIONS:
+            raise InputError(
+                f"kv_precision must be one of {sorted(PRECISIONS)}, got {kv_precision!r}."
+            )
+        loaded = load(source, quantization=quantization, device=device, pooled_grid=pooled_grid)
+        return cls(loaded, memory_budget=memory_budget, kv_precision=kv_precision)
 
     def forget(self, video: str) -> None:
         """Drop everything that is kept of a file."""
@@ -225,6 +238,7 @@ class Engine:
         turn.planned = turn.planned or len(times)
         memory = VideoMemory(
             self.crosslmm,
+            precision=self.info.kv_precision,
             prefix_ids=turn.prefix,
             capture=MapCapture(v2v=False),
             expected_frames=len(times),

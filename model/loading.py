@@ -14,7 +14,7 @@ import torch
 from transformers import AutoProcessor, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from model.checkpoint_files import local_folder
+from model.checkpoint_files import local_folder, revision
 from model.configuration_crosslmm import CrossLMMConfig
 from model.conversion import checkpoint_kind, convert
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
@@ -77,7 +77,10 @@ def load(
     config = CrossLMMConfig.from_pretrained(folder)
     if pooled_grid is not None:
         config.pooled_grid = pooled_grid
-        config.validate_choices()
+        if not 1 <= pooled_grid <= config.original_grid:
+            raise InputError(
+                f"The pooled grid must be 1 to {config.original_grid} here, got {pooled_grid}."
+            )
     transformers_logging.disable_progress_bar()
     crosslmm = CrossLMMForConditionalGeneration.from_pretrained(
         folder,
@@ -105,9 +108,15 @@ def load(
         trained=any(value for pair in gates for value in pair),
         examples=tuple(card.get("examples", ())),
         note=card.get("note", "" if any(v for p in gates for v in p) else CLOSED),
+        revision=revision(folder),
     )
     log.info(
-        "model=%s device=%s quantization=%s attention=%s", info.name, device, quantization, kernel
+        "model=%s revision=%s device=%s quantization=%s attention=%s",
+        info.name,
+        info.revision,
+        device,
+        quantization,
+        kernel,
     )
     return Loaded(crosslmm, processor, info, folder)
 

@@ -91,6 +91,8 @@ class ModelInfo:
     trained: bool  # False: the dual cross-attention is closed or untrained
     examples: tuple[str, ...] = ()  # questions this model is good at
     note: str = ""  # one sentence the page must show (what the model can and cannot do)
+    revision: str = ""  # `commit:` of a hub repository, or `sha256:` of the weights
+    kv_precision: str = "native"  # of the T2V keys and values
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ class FakeEngine:
         quantization: str = "auto",
         device: str = "auto",
         memory_budget: int = 0,
+        pooled_grid: int | None = None,
+        kv_precision: str = "native",
     ) -> FakeEngine:
         time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", "0")))
         if source == "missing":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from model import loading
+from model import checkpoint_files, loading
 from model.types import InputError
 from tests.published import save_llava_onevision, save_qwen2
 
@@ -63,3 +64,37 @@ def test_checksums_find_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="config.json is missing or damaged"):
         loading.check_sums(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["crosslmm", "llava"])
+def test_an_impossible_grid_is_said(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "CONVERTED", tmp_path / "cache")
+    source = None
+    if kind == "llava":
+        source = tmp_path / "llava"
+        source.mkdir()
+        save_llava_onevision(source)
+    with pytest.raises(InputError, match="The pooled grid must be 1 to .* here, got 99"):
+        loading.load(source, pooled_grid=99)
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("config.json"))
+
+
+def test_weights_have_a_revision_that_changes_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"a" * 100)
+    first = checkpoint_files.revision(tmp_path)
+    assert first == "sha256:" + hashlib.sha256(b"a" * 100).hexdigest()
+    weights.write_bytes(b"a" * 99 + b"b")
+    assert checkpoint_files.revision(tmp_path) != first
+    monkeypatch.setattr(checkpoint_files, "_WHOLE_BYTES", 10)
+    sampled = checkpoint_files.revision(tmp_path)
+    assert sampled.startswith("sha256-sampled:")
+    weights.write_bytes(b"a" * 100)
+    assert checkpoint_files.revision(tmp_path) != sampled
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    assert checkpoint_files.revision(snapshot) == "commit:0123abc"
