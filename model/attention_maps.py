@@ -9,126 +9,17 @@ Shapes: H heads, L chosen tokens, T frames, N original tokens per frame, P poole
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from model.key_value_store import KeyValueStore
+from model.map_capture import MapCapture, block_tokens, frame_scores, frame_totals, score_bytes
 
 if TYPE_CHECKING:
     from model.modeling_crosslmm import CrossLMMForConditionalGeneration
     from model.video_memory import VideoMemory
-
-SCORE_BYTES = 8 << 20  # the largest block of scores held at once
-
-
-@dataclass
-class MapCapture:
-    """Collects, during forward passes of one sequence, what the maps need."""
-
-    v2v: bool = False  # keep V2V patch weights while a video is built
-    t2v_queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # (H, L, d)
-    self_queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # (H, L, d)
-    v2v_weights: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # (P, keys) a frame
-    v2v_mass: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # (P, T) a frame
-
-    def add_t2v(self, layer: int, query: torch.Tensor) -> None:
-        """Called by the T2V branch with (1, H, L, d)."""
-        self.t2v_queries.setdefault(layer, []).append(query[0].detach())
-
-    def add_v2v(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-    ) -> None:
-        """Called by the V2V branch with (n, H, P, d) and (n, Hkv, keys, d), one row per frame."""
-        if not self.v2v:
-            return
-        groups = query.shape[1] // key.shape[1]
-        for start in range(len(query)):  # frame by frame: the array stays small
-            q, k = query[start], key[start]
-            scores = (q.unflatten(0, (-1, groups)) @ k.unsqueeze(1).mT).float() * scaling
-            if mask is not None:
-                scores = scores.masked_fill(~mask[start], float("-inf"))
-            weights = scores.softmax(-1).mean((0, 1))  # (P, keys)
-            self.v2v_weights.setdefault(layer, []).append(weights)
-
-    def add_v2v_mass(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, frames: int, scaling: float
-    ) -> None:
-        """Called in `video` scope with (1, H, T * P, d) and (1, Hkv, M, d): mass per frame only.
-
-        Patch weights would be a (T * P, M) array; `v2v_mass` gets (T, P, T) instead.
-        """
-        if not self.v2v:
-            return
-        tokens = key.shape[2] // frames
-        for rows in query[0].chunk(frames, dim=1):  # frame by frame
-            blocks = key[0].split(_block_tokens(rows, tokens), dim=1)
-            mass = _frame_totals(rows, blocks, frames, tokens, scaling).softmax(-1).mean(0)
-            self.v2v_mass.setdefault(layer, []).append(mass)
-
-    @contextmanager
-    def self_attention(self, crosslmm: CrossLMMForConditionalGeneration) -> Iterator[None]:
-        """Within: also remember the queries of the LLM's own self-attention, all layers."""
-
-        def remember(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-            query = module.q_proj(kwargs["hidden_states"])
-            query = query.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-            query, _ = apply_rotary_pos_emb(query, query, *kwargs["position_embeddings"])
-            self.self_queries.setdefault(module.layer_idx, []).append(query[0].detach())
-
-        layers = crosslmm.model.language_model.layers
-        hooks = [
-            layer.self_attn.register_forward_pre_hook(remember, with_kwargs=True)
-            for layer in layers
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def _frame_scores(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
-    """(H, L, d) x (Hkv, n, N, d) -> (H, L, n, N) in fp32."""
-    groups = query.shape[0] // keys.shape[0]
-    rows = query.unflatten(0, (-1, groups)).flatten(1, 2)  # (Hkv, G * L, d)
-    scores = (rows @ keys.flatten(1, 2).mT).float().mul_(scaling)
-    return scores.unflatten(1, (groups, -1)).flatten(0, 1).unflatten(-1, keys.shape[1:3])
-
-
-def _block_tokens(query: torch.Tensor, tokens_per_frame: int) -> int:
-    """How many keys, in whole frames, may be scored at once."""
-    per_token = query.shape[0] * query.shape[1] * 4
-    return max(1, SCORE_BYTES // (per_token * tokens_per_frame)) * tokens_per_frame
-
-
-def _frame_totals(
-    query: torch.Tensor,
-    blocks: Iterable[torch.Tensor],
-    frames: int,
-    tokens_per_frame: int,
-    scaling: float,
-) -> torch.Tensor:
-    """Log-sum-exp of the scores on each frame, (H, L, T), from blocks of keys (Hkv, m, d)."""
-    # Written in place: small results kept between large blocks would keep a CPU's allocator from
-    # using the blocks' memory again.
-    totals = query.new_empty((*query.shape[:2], frames), dtype=torch.float32)
-    done = 0
-    for keys in blocks:
-        keys = keys.unflatten(1, (-1, tokens_per_frame))
-        part = totals[..., done : done + keys.shape[1]]
-        torch.logsumexp(_frame_scores(query, keys, scaling), dim=-1, out=part)
-        done += keys.shape[1]
-    return totals
 
 
 @torch.inference_mode()
@@ -142,9 +33,9 @@ def frame_mass(
         log_total: (H, L) log-sum-exp of all scores, for `patch_weights`.
 
     """
-    blocks = (keys[0] for keys, _ in store.blocks(_block_tokens(query, tokens_per_frame)))
+    blocks = (keys[0] for keys, _ in store.blocks(block_tokens(query, tokens_per_frame)))
     frames = store.length // tokens_per_frame
-    per_frame = _frame_totals(query, blocks, frames, tokens_per_frame, scaling)
+    per_frame = frame_totals(query, blocks, frames, tokens_per_frame, scaling)
     return per_frame.softmax(-1), per_frame.logsumexp(-1)
 
 
@@ -161,7 +52,7 @@ def patch_weights(
     maps = []
     for frame in frames:
         keys = store.frame_keys([frame], tokens_per_frame)[0]  # (Hkv, 1, N, d)
-        scores = _frame_scores(query, keys, scaling)[:, :, 0]
+        scores = frame_scores(query, keys, scaling)[:, :, 0]
         maps.append((scores - log_total.unsqueeze(-1)).exp().mean(0))
     return torch.stack(maps, dim=1)
 
@@ -230,24 +121,78 @@ def text_to_visual(
 
 
 @torch.inference_mode()
-def self_attention_mass(memory: VideoMemory, capture: MapCapture, *, last: int) -> torch.Tensor:
-    """Share of the LLM's self-attention on each frame's pooled tokens: (L, layers, T).
+def patch_shares(
+    query: torch.Tensor,
+    store: KeyValueStore,
+    tokens_per_frame: int,
+    scaling: float,
+    mass: torch.Tensor,
+    *,
+    words: bool,
+    heads: bool,
+) -> torch.Tensor:
+    """How attention is spread within every frame: (L or 1, H or 1, T, N), each row sums to 1.
+
+    Args:
+        query: (H, L, d).
+        store: keys of all frames.
+        tokens_per_frame: N.
+        scaling: of the scores.
+        mass: (H, L, T) share on each frame, the weight with which heads and tokens are averaged.
+        words: keep tokens apart.
+        heads: keep heads apart.
+
+    """
+    parts, start = [], 0
+    for keys, _ in store.blocks(block_tokens(query, tokens_per_frame)):
+        blocks = keys[0].unflatten(1, (-1, tokens_per_frame))
+        spread = frame_scores(query, blocks, scaling).softmax(-1)  # (H, L, n, N)
+        share = mass[..., start : start + spread.shape[2]]
+        start += spread.shape[2]
+        parts.append(average(spread, share, words=words, heads=heads))
+    return torch.cat(parts, dim=2)
+
+
+def average(spread: torch.Tensor, share: torch.Tensor, *, words: bool, heads: bool) -> torch.Tensor:
+    """(H, L, T, N) weighted by (H, L, T) -> (L or 1, H or 1, T, N) in float16, rows sum to 1."""
+    axes = [axis for axis, apart in ((0, heads), (1, words)) if not apart]
+    if axes:
+        weight = share.unsqueeze(-1)
+        spread = (spread * weight).sum(axes, keepdim=True)
+        spread = spread / spread.sum(-1, keepdim=True).clamp_min(1e-30)
+    return spread.transpose(0, 1).half()
+
+
+@torch.inference_mode()
+def self_attention_shares(
+    memory: VideoMemory, capture: MapCapture, layer: int, *, last: int
+) -> torch.Tensor:
+    """The LLM's self-attention in one layer on each pooled token: (H, L, T, P).
 
     Rows sum to less than 1: the rest lies on the text. Call it inside the turn, while the cache
     still holds the text.
     """
     pooled, frames = memory.config.pooled_tokens_per_frame, memory.num_frames
     first = len(memory.prefix_ids)
-    rows = []
-    for layer in sorted(capture.self_queries):
-        query = torch.cat(capture.self_queries[layer], dim=1)  # (H, all, d)
-        keys = memory.cache.layers[layer].keys[0]  # (Hkv, length, d)
-        total = min(query.shape[1], last)
-        ends = memory.length + query.shape[1] - total + torch.arange(total, device=keys.device)
-        query = query[:, -total:]
-        scores = _frame_scores(query, keys.unsqueeze(1), query.shape[-1] ** -0.5)[:, :, 0]
-        causal = torch.arange(keys.shape[1], device=keys.device) <= ends[:, None]
+    query = capture.rotated(layer, last)
+    keys = memory.cache.layers[layer].keys[0]  # (Hkv, length, d)
+    count = query.shape[1]
+    # The cache ends with the last of these positions; each sees what came before it.
+    ends = keys.shape[1] - count + torch.arange(count, device=keys.device)
+    step = max(1, score_bytes(query) // (query.shape[0] * keys.shape[1] * 4))
+    parts = []
+    for rows, seen in zip(query.split(step, dim=1), ends.split(step), strict=True):
+        scores = frame_scores(rows, keys.unsqueeze(1), query.shape[-1] ** -0.5)[:, :, 0]
+        causal = torch.arange(keys.shape[1], device=keys.device) <= seen[:, None]
         weights = scores.masked_fill(~causal, float("-inf")).softmax(-1)
-        visual = weights[..., first : first + frames * pooled].unflatten(-1, (frames, pooled))
-        rows.append(visual.sum(-1).mean(0))
-    return torch.stack(rows, dim=1)
+        parts.append(weights[..., first : first + frames * pooled])
+    return torch.cat(parts, dim=1).unflatten(-1, (frames, pooled))
+
+
+def self_attention_mass(memory: VideoMemory, capture: MapCapture, *, last: int) -> torch.Tensor:
+    """Share of the LLM's self-attention on each frame, mean over heads: (L, layers, T)."""
+    shares = (
+        self_attention_shares(memory, capture, layer, last=last)
+        for layer in sorted(capture.self_queries)
+    )
+    return torch.stack([one.sum(-1).mean(0) for one in shares], dim=1)

@@ -19,7 +19,7 @@ from model.configuration_crosslmm import CrossLMMConfig
 from model.key_value_store import KeyValueStore
 
 if TYPE_CHECKING:
-    from model.attention_maps import MapCapture
+    from model.map_capture import MapCapture
 
 
 @dataclass
@@ -34,6 +34,9 @@ class VisualState:
     frame_mask: torch.Tensor | None = None  # (B, T) bool; None: no frame is padding
     recent: torch.Tensor | None = None  # (B, w, N, D): the window that the next chunk looks back at
     capture: MapCapture | None = None
+    v2v_open: bool = True  # False: the branch adds nothing, as if its gates were closed
+    t2v_open: bool = True
+    pooled_grid: int | None = None  # None: the config's own
 
     def store(self, layer_idx: int) -> KeyValueStore:
         """The T2V keys and values of one layer."""
@@ -186,13 +189,15 @@ class DualCrossAttention(nn.Module):
 
     def forward(self, hidden: torch.Tensor, context: VisualContext) -> torch.Tensor:
         """Let (B, L, D) hidden states look back at the original tokens; residual included."""
-        has_frames = context.memory is not None
+        looks = context.memory is not None and context.visual_index is not None
+        looks = looks and (context.state is None or context.state.v2v_open)
         update = None
-        if self.v2v is not None and has_frames and context.visual_index is not None:
+        if self.v2v is not None and looks:
             index = context.visual_index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
             update = self._v2v(hidden.gather(1, index), context)  # (B, T*P, D)
             if context.frame_mask is not None:
-                valid = context.frame_mask.repeat_interleave(self.pooled_tokens_per_frame, dim=1)
+                per_frame = update.shape[1] // context.frame_mask.shape[1]
+                valid = context.frame_mask.repeat_interleave(per_frame, dim=1)
                 update = update * valid.unsqueeze(-1)
             update = update.to(hidden.dtype)
         if self.t2v is not None:
@@ -208,7 +213,7 @@ class DualCrossAttention(nn.Module):
     def _v2v(self, hidden: torch.Tensor, context: VisualContext) -> torch.Tensor:
         """Pooled tokens (B, T*P, D) look at their own frame, a window, or the whole video."""
         batch, frames = context.memory.shape[:2]
-        per_frame = self.pooled_tokens_per_frame
+        per_frame = hidden.shape[1] // frames
         query = self.v2v.queries(hidden)  # (B, H, T*P, d)
         capture = None if context.state is None else context.state.capture
         if self.scope == "video":
@@ -218,7 +223,7 @@ class DualCrossAttention(nn.Module):
             if context.frame_mask is not None:
                 mask = token_mask(context.frame_mask, memory.shape[2])
             if capture is not None:
-                capture.add_v2v_mass(self.layer_idx, query, key, frames, self.v2v.scaling)
+                capture.add_v2v_video(self.layer_idx, query, key, frames, self.v2v.scaling)
             return self.v2v.gated(attend(query, key, value, mask, self.v2v))
 
         # One row per frame: (B*T, H, P, d) looks at (B*T, Hkv, (w+1)*N, d).
@@ -226,7 +231,8 @@ class DualCrossAttention(nn.Module):
         key, value, mask = self._frame_keys(context)
         out = attend(query, key, value, mask, self.v2v)
         if capture is not None:
-            capture.add_v2v(self.layer_idx, query, key, mask, self.v2v.scaling)
+            tokens = context.memory.shape[2]
+            capture.add_v2v(self.layer_idx, query, key, mask, self.v2v.scaling, tokens)
         out = out.unflatten(0, (batch, frames)).transpose(1, 2).flatten(2, 3)  # (B, H, T*P, d)
         return self.v2v.gated(out)
 
@@ -269,7 +275,7 @@ class DualCrossAttention(nn.Module):
         if state is not None:
             store = state.store(self.layer_idx)
             frame_mask = state.frame_mask
-            if not store.length:
+            if not store.length or not state.t2v_open:
                 return None
             pair = store.full() if store.precision == "native" else None
         elif pair is None:

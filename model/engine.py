@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from PIL import Image
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from model.attention_maps import MapCapture, TextMaps, text_to_visual
+from model.attention_summary import summarize
 from model.guards import (
     EndlessRepetition,
     FiniteScores,
@@ -29,13 +30,13 @@ from model.guards import (
 )
 from model.key_value_store import PRECISIONS
 from model.loading import Loaded, load
+from model.map_capture import MapCapture
 from model.savings import count_savings
 from model.types import (
     Answer,
     AskRequest,
     AttentionSummary,
     Event,
-    FrameView,
     InputError,
     ModelFault,
     ModelInfo,
@@ -47,39 +48,24 @@ from model.types import (
     Timings,
     TokenCounts,
     VideoInfo,
+    WhatIf,
 )
 from model.video import sample_times
-from model.video_memory import MemoryPool, VideoMemory
+from model.video_entry import VideoEntry, check_frames, check_tokens
+from model.video_memory import MemoryPool
 from model.video_sandbox import decode_frames, probe
 
 CHUNK_FRAMES = 16  # frames encoded and prefilled together
 CHUNKS_AHEAD = 2  # decoded chunks that may wait for the model
 THUMBNAIL_SIDE = 320  # pixels, longer side of the pictures kept for the page
+MANY_FRAMES, SMALL_SIDE = 512, 192  # above so many frames, pictures are smaller
+FEATURES_SHARE = 8  # encoder features are kept for what-ifs up to this part of the budget
 MOST_FRAMES = 4096  # of one video, whatever is asked for
 
 _NO_MEMORY = (
     "There is not enough memory for this video, not even with fewer frames; "
     "use a shorter video or try again later."
 )
-
-
-@dataclass
-class _Entry:
-    """A video that is ready for questions."""
-
-    memory: VideoMemory
-    info: VideoInfo
-    thumbnails: list[bytes] = field(default_factory=list)
-    decode_seconds: float = 0.0
-    encode_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    failed_frames: int = 0
-    frames_left_out: int = 0  # because memory ran short
-    clamped: bool = False  # more frames were asked for than are ever used
-
-    @property
-    def nbytes(self) -> int:
-        return self.memory.nbytes + sum(map(len, self.thumbnails))
 
 
 @dataclass
@@ -91,6 +77,7 @@ class _Turn:
     suffix: list[int]
     key: tuple[object, ...]
     max_frames: int
+    what_if: WhatIf
     started: float = field(default_factory=time.perf_counter)
     planned: int = 0  # frames of the first try
     said: bool = False
@@ -143,6 +130,7 @@ class Engine:
         self.folder: Path = loaded.folder
         self.pool = MemoryPool(memory_budget)
         self._layer_stop = LayerStop(self.crosslmm)
+        self._t2v_trusted = self.info.trained and any(t2v != 0 for _, t2v in self.info.gates)
 
     @classmethod
     def load(
@@ -187,7 +175,8 @@ class Engine:
         max_frames = request.max_frames or self.processor.max_frames
         stat = Path(request.video).stat() if Path(request.video).exists() else None
         key = (str(request.video), stat and (stat.st_mtime_ns, stat.st_size), max_frames)
-        turn = _Turn(request, prefix, suffix, key, min(max_frames, MOST_FRAMES))
+        what_if = check_tokens(request.what_if, self.crosslmm.config)
+        turn = _Turn(request, prefix, suffix, key, min(max_frames, MOST_FRAMES), what_if)
         try:
             yield from self._try(turn, stop)
             return
@@ -201,11 +190,16 @@ class Engine:
         yield from self._try_with_less(turn, stop)
 
     def _try(self, turn: _Turn, stop: StopCheck) -> Iterator[Event]:
-        entry = self.pool.get(turn.key)
+        key = (*turn.key, turn.what_if.of_video)
+        entry = self.pool.get(key)
         reused = entry is not None
         if entry is None:
-            entry = yield from self._read(turn, stop)
-            self.pool.put(turn.key, entry)
+            plain = self.pool.get((*turn.key, WhatIf()))
+            if plain is not None and plain.features is not None:
+                entry = yield from self._rebuild(turn, plain, stop)
+            else:
+                entry = yield from self._read(turn, stop)
+            self.pool.put(key, entry)
         turn.planned = turn.planned or entry.memory.num_frames
         yield Progress("answering", 0, 0)
         yield from self._answer(turn, entry, reused, stop)
@@ -229,21 +223,45 @@ class Engine:
 
     # Reading a video into a memory.
 
-    def _read(self, turn: _Turn, stop: StopCheck) -> Generator[Event, None, _Entry]:
+    def _rebuild(
+        self, turn: _Turn, plain: VideoEntry, stop: StopCheck
+    ) -> Generator[Event, None, VideoEntry]:
+        """Make another memory of a video whose features are there: no decoding, no encoding."""
+        what_if = turn.what_if.of_video
+        entry = VideoEntry.begin(
+            self.crosslmm,
+            plain.info,
+            turn.prefix,
+            plain.times,
+            what_if,
+            precision=self.info.kv_precision,
+        )
+        entry.thumbnails, entry.failed_frames = plain.thumbnails, plain.failed_frames
+        entry.frames_left_out, entry.clamped = plain.frames_left_out, plain.clamped
+        done, total = 0, len(plain.times)
+        for features in plain.features or ():
+            if stop():
+                raise Stopped("stopped while the video was taken in again")
+            times = torch.tensor(plain.times[done : done + len(features)])
+            kept = entry.take(times)
+            self._prefill(entry, features[kept], times[kept])
+            done += len(features)
+            yield Progress("encoding", done, total)
+        entry.finish()
+        return entry
+
+    def _read(self, turn: _Turn, stop: StopCheck) -> Generator[Event, None, VideoEntry]:
         path, bounds = turn.request.video, turn.request.bounds
         yield Progress("reading", 0, 0)
         info = probe(path, stop=stop, bounds=bounds)
         rate = self.processor.frame_rate
         times = sample_times(info.duration, max_frames=turn.max_frames, frame_rate=rate)
         turn.planned = turn.planned or len(times)
-        memory = VideoMemory(
-            self.crosslmm,
-            precision=self.info.kv_precision,
-            prefix_ids=turn.prefix,
-            capture=MapCapture(v2v=False),
-            expected_frames=len(times),
+        what_if = turn.what_if.of_video
+        entry = VideoEntry.begin(
+            self.crosslmm, info, turn.prefix, times, what_if, precision=self.info.kv_precision
         )
-        entry = _Entry(memory, info, frames_left_out=turn.planned - len(times))
+        entry.frames_left_out = turn.planned - len(times)
         entry.clamped = turn.key[-1] > MOST_FRAMES and len(times) == MOST_FRAMES
         chunks: queue.Queue = queue.Queue(CHUNKS_AHEAD)
         quit_reading = threading.Event()
@@ -274,10 +292,9 @@ class Engine:
                 self._encode(entry, pixels, frame_times)
                 if stop():
                     raise Stopped("stopped while encoding the video")
-                yield Progress("encoding", entry.memory.num_frames, total)
-            clock = time.perf_counter()
-            entry.memory.finish()
-            entry.prefill_seconds += time.perf_counter() - clock
+                yield Progress("encoding", len(entry.times), total)
+            check_frames(what_if, self.crosslmm.config, np.asarray(entry.times))
+            entry.finish()
         finally:
             self._layer_stop.check = None
             quit_reading.set()
@@ -297,6 +314,7 @@ class Engine:
         stop: StopCheck,
     ) -> None:
         """Runs in a thread: decode and resize, a chunk at a time, while the model works."""
+        side = THUMBNAIL_SIDE if len(times) <= MANY_FRAMES else SMALL_SIDE
         try:
             done = False
             with decode_frames(info.path, times, info=info, stop=stop, bounds=bounds) as frames:
@@ -312,27 +330,37 @@ class Engine:
                         seconds.append(frame.time)
                     if images:
                         pixels = self.processor.preprocess_frames(images)
-                        pictures = [_jpeg(image) for image in images]
+                        pictures = [_jpeg(image, side) for image in images]
                         spent = time.perf_counter() - clock
                         chunks.put((pixels, torch.tensor(seconds), pictures, spent, frames.failed))
             chunks.put(None)
         except BaseException as error:  # handed to the thread that reads the queue
             chunks.put(error)
 
-    def _encode(self, entry: _Entry, pixels: torch.Tensor, times: torch.Tensor) -> None:
+    def _encode(self, entry: VideoEntry, pixels: torch.Tensor, times: torch.Tensor) -> None:
         clock = time.perf_counter()
-        model = self.crosslmm.model
+        kept = entry.take(times)
+        if not kept.any():
+            return
+        model, pixels = self.crosslmm.model, pixels[kept]
         with torch.inference_mode():
             dtype = model.vision_tower.embeddings.patch_embedding.weight.dtype
             features = model.encode_frames(pixels.to(model.device, dtype))
-        encoded = time.perf_counter()
-        entry.memory.append_features(features, times)
-        entry.encode_seconds += encoded - clock
-        entry.prefill_seconds += time.perf_counter() - encoded
+        entry.encode_seconds += time.perf_counter() - clock
+        entry.keep_features(features, self.pool.budget_bytes // FEATURES_SHARE)
+        self._prefill(entry, features, times[kept])
+
+    def _prefill(self, entry: VideoEntry, features: torch.Tensor, times: torch.Tensor) -> None:
+        clock = time.perf_counter()
+        if len(features):
+            entry.memory.append_features(features.to(self.crosslmm.device), times)
+        entry.prefill_seconds += time.perf_counter() - clock
 
     # Answering on a memory.
 
-    def _answer(self, turn: _Turn, entry: _Entry, reused: bool, stop: StopCheck) -> Iterator[Event]:
+    def _answer(
+        self, turn: _Turn, entry: VideoEntry, reused: bool, stop: StopCheck
+    ) -> Iterator[Event]:
         request, suffix, started = turn.request, turn.suffix, turn.started
         memory, events = entry.memory, queue.Queue()
         capture = MapCapture()
@@ -367,7 +395,8 @@ class Engine:
             finally:
                 events.put(None)
 
-        with memory.turn(capture):
+        watch = capture.self_attention(self.crosslmm) if request.map_bytes else nullcontext()
+        with memory.turn(capture, t2v=turn.what_if.t2v), watch:
             self._layer_stop.check = stop_early
             thread = threading.Thread(target=generate, daemon=True)
             thread.start()
@@ -381,7 +410,7 @@ class Engine:
                 self._layer_stop.check = None
             if failure and not isinstance(failure[0], Stopped):
                 raise failure[0]
-            attention = self._attention(entry, capture, pieces.ids, request.strongest_frames)
+            attention = self._attention(entry, capture, pieces.ids, request)
         generated = len(pieces.ids)
         text_tokens = len(memory.prefix_ids) + len(suffix)
         first = (pieces.first_token or time.perf_counter()) - started
@@ -411,53 +440,37 @@ class Engine:
         )
 
     def _attention(
-        self, entry: _Entry, capture: MapCapture, ids: list[int], strongest: int
+        self, entry: VideoEntry, capture: MapCapture, ids: list[int], request: AskRequest
     ) -> AttentionSummary | None:
-        """T2V of the positions that predicted each answer token."""
+        """Where the positions looked that predicted each answer token."""
         if not ids:
             return None
-        special = self.processor.tokenizer.all_special_ids
-        keep = [i for i, token in enumerate(ids) if token not in special] or list(range(len(ids)))
-        maps = text_to_visual(
-            self.crosslmm, entry.memory, capture, last=len(ids), keep=keep, strongest=strongest
-        )
-        return None if maps is None else self._summary(entry, maps, [ids[i] for i in keep])
-
-    def _summary(self, entry: _Entry, maps: TextMaps, ids: list[int]) -> AttentionSummary:
         tokenizer = self.processor.tokenizer
-        t2v = maps.mass.float().cpu().numpy()
-        overall = t2v.mean((0, 1))
-        grid = entry.memory.config.original_grid
-        patches = maps.patches.float().cpu().numpy()
-        frames = tuple(
-            FrameView(
-                index=frame,
-                time=entry.memory.times[frame],
-                mass=float(overall[frame]),
-                jpeg=entry.thumbnails[frame],
-                patches=patches[:, rank].reshape(-1, grid, grid),
-            )
-            for rank, frame in enumerate(maps.frames)
-        )
-        return AttentionSummary(
-            times=np.asarray(entry.memory.times),
-            layers=tuple(maps.layers),
-            tokens=tuple(tokenizer.decode([token]) for token in ids),
-            t2v=t2v,
-            frames=frames,
-            peak=entry.memory.times[int(overall.argmax())],
+        special = tokenizer.all_special_ids
+        keep = [i for i, token in enumerate(ids) if token not in special] or list(range(len(ids)))
+        return summarize(
+            self.crosslmm,
+            entry.memory,
+            capture,
+            entry.sights(maps=request.map_bytes > 0),
+            [tokenizer.decode([ids[i]]) for i in keep],
+            keep,
+            last=len(ids),
+            trusted=self._t2v_trusted,
+            strongest=request.strongest_frames,
+            budget=request.map_bytes,
         )
 
 
-def _jpeg(image: np.ndarray) -> bytes:
+def _jpeg(image: np.ndarray, side: int) -> bytes:
     picture = Image.fromarray(image)
-    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     return buffer.getvalue()
 
 
-def _notices(entry: _Entry, repeated: bool) -> tuple[str, ...]:
+def _notices(entry: VideoEntry, repeated: bool) -> tuple[str, ...]:
     used = entry.memory.num_frames
     notices = []
     if entry.failed_frames:

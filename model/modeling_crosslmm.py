@@ -300,7 +300,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
 
         """
         state: VisualState = cache.visual
-        pooled, memory = self.embed_frames(features, frame_times)
+        pooled, memory = self.embed_frames(features, frame_times, state.pooled_grid)
         count = pooled.shape[1] * pooled.shape[2]
         context = VisualContext(
             memory=memory,

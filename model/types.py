@@ -5,6 +5,8 @@ Nothing here imports torch, so the page process can read it. Arrays are NumPy; e
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 Stage = Literal["loading", "reading", "encoding", "answering"]
+MapKind = Literal["t2v", "v2v", "self"]  # text to visual, visual to visual, the LLM's own
 
 
 class InputError(ValueError):
@@ -96,6 +99,39 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class WhatIf:
+    """What a turn leaves out or changes to see what it is good for; other turns notice nothing.
+
+    Raises:
+        InputError: a number of tokens that is no square, or a stretch that ends before it begins.
+
+    """
+
+    v2v: bool = True
+    t2v: bool = True
+    pooled_tokens: int | None = None  # per frame, a square number; None: as the model was made
+    hidden: tuple[tuple[float, float], ...] = ()  # stretches (from, to) in seconds, not seen at all
+
+    def __post_init__(self) -> None:
+        tokens = self.pooled_tokens
+        if tokens is not None and (tokens < 1 or math.isqrt(tokens) ** 2 != tokens):
+            raise InputError(
+                f"Tokens per frame form a square grid: 1, 4, 9 or 16 are possible, {tokens} is not."
+            )
+        for start, end in self.hidden:
+            if not (math.isfinite(start) and math.isfinite(end) and 0 <= start < end):
+                raise InputError(
+                    f"A hidden stretch must end after it begins, but it was given as "
+                    f"{start:g} s to {end:g} s."
+                )
+
+    @property
+    def of_video(self) -> WhatIf:
+        """The part that changes how a video is read, and not only how it is asked."""
+        return dataclasses.replace(self, t2v=True)
+
+
+@dataclass(frozen=True)
 class AskRequest:
     """One question about one video."""
 
@@ -106,6 +142,8 @@ class AskRequest:
     max_new_tokens: int | None = None
     strongest_frames: int = 6  # how many frames get a patch map and a picture in the answer
     bounds: ReadBounds = ReadBounds()  # what reading the video may take
+    what_if: WhatIf = WhatIf()
+    map_bytes: int = 16 << 20  # most that the answer's attention maps may take; 0: no maps
 
 
 @dataclass(frozen=True)
@@ -157,23 +195,120 @@ class FrameView:
 
 
 @dataclass(frozen=True)
+class AttentionMap:
+    """One kind of attention over layers and frames, as finely as its share of the budget allows.
+
+    Shapes: W words' tokens or 1 (all together), K layers, H heads or 1 (their mean), T frames,
+    F frames with patches, g side of the grid of patches. Of float16.
+    """
+
+    kind: MapKind
+    measure: Literal["share", "focus"]  # share of attention on a frame; or how narrow it is there
+    layers: tuple[int, ...]
+    words: np.ndarray  # (W, K, T) mean over heads
+    heads: np.ndarray  # (K, H, T) mean over tokens
+    both: np.ndarray | None = None  # (W, K, H, T), where there is room
+    patches: np.ndarray | None = None  # (W, K, H, F, g, g), each grid sums to 1
+    patch_frames: tuple[int, ...] = ()  # which frames have patches: all, or the strongest
+
+    def rows(self, tokens: slice | None = None, head: int | None = None) -> np.ndarray:
+        """(K, T) float32 of some tokens (None: all), of one head or the mean of all.
+
+        Where `both` had no room, a head's rows are those of all tokens; see `exact`.
+        """
+        if head is None:
+            chosen = self.words if tokens is None or len(self.words) == 1 else self.words[tokens]
+            return chosen.astype(np.float32).mean(0)
+        if tokens is None or self.both is None or len(self.both) == 1:
+            return self.heads[:, head].astype(np.float32)
+        return self.both[tokens][:, :, head].astype(np.float32).mean(0)
+
+    def exact(self, tokens: slice | None = None, head: int | None = None) -> bool:
+        """Whether `rows` has just these tokens, and not all for want of room."""
+        if tokens is None or self.kind == "v2v":
+            return True
+        kept = self.words if head is None else self.both
+        return kept is not None and len(kept) > 1
+
+    def patch_map(
+        self, layer: int | None, frame: int, tokens: slice | None = None, head: int | None = None
+    ) -> np.ndarray | None:
+        """(g, g) float32 that sums to 1: how attention is spread within a frame; None: not kept.
+
+        `layer` counts the rows; None is the mean of all. Heads and tokens that are not kept apart
+        stand for all of them.
+        """
+        if self.patches is None or frame not in self.patch_frames:
+            return None
+        place = self.patch_frames.index(frame)
+        rows = slice(None) if layer is None else slice(layer, layer + 1)
+        words = tokens if tokens is not None and len(self.patches) > 1 else slice(None)
+        several = self.patches.shape[2] > 1
+        column = slice(head, head + 1) if head is not None and several else slice(None)
+        grids = self.patches[words, rows, column, place].astype(np.float32)  # (w, k, h, g, g)
+        if self.measure == "focus":
+            return grids.mean((0, 1, 2))
+        weight = np.ones(grids.shape[:3], np.float32)  # by how much of them is on this frame
+        if several and self.both is not None and len(self.both) == len(self.patches):
+            weight = self.both[words, rows, column, frame].astype(np.float32)
+        elif several:
+            weight *= self.heads[None, rows, column, frame]
+        elif len(self.words) == len(self.patches):
+            weight = self.words[words, rows, None, frame].astype(np.float32)
+        total = float(weight.sum())
+        if not total:
+            return np.zeros(grids.shape[3:], np.float32)
+        return (grids * weight[..., None, None]).sum((0, 1, 2)) / total
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return self.heads.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        arrays = (self.words, self.heads, self.both, self.patches)
+        return sum(array.nbytes for array in arrays if array is not None)
+
+
+@dataclass(frozen=True)
 class AttentionSummary:
     """Where the answer's tokens looked, mean over heads.
 
     `t2v[i, l, t]` is the share of token i's attention in dual cross-attention layer l on frame t:
-    each row over t sums to 1.
+    each row over t sums to 1. It has no layers where the turn had no T2V.
     """
 
     times: np.ndarray  # (T,) seconds
     layers: tuple[int, ...]
     tokens: tuple[str, ...]  # text of each answer token
     t2v: np.ndarray  # (tokens, layers, T) float32
-    frames: tuple[FrameView, ...]  # strongest first
-    peak: float  # time of the frame with the most mass, seconds
+    frames: tuple[FrameView, ...]  # strongest first, by the kind `main`
+    peak: float  # time of the frame with the most mass, seconds, by the kind `main`
+    main: MapKind = "t2v"  # what to show first: "self" where T2V is untrained, closed or off
+    maps: tuple[AttentionMap, ...] = ()
+    pictures: tuple[bytes, ...] = ()  # JPEG of every frame, upright, in the video's aspect ratio
+    hidden: tuple[int, ...] = ()  # frames that a `WhatIf` kept from the model
+    v2v_scope: str = "frame"
 
     def t2v_mean(self) -> np.ndarray:
         """Mean over the answer's tokens, (layers, T)."""
         return self.t2v.mean(axis=0)
+
+    def map(self, kind: MapKind) -> AttentionMap | None:
+        """The map of a kind, where there is one."""
+        return next((one for one in self.maps if one.kind == kind), None)
+
+    def timeline(self) -> np.ndarray:
+        """Share of the answer's attention on each frame by the kind `main`, (T,), mean over layers.
+
+        Of self-attention, whose rest lies on text, scaled to sum to 1 as well.
+        """
+        shown = self.map(self.main)
+        rows = self.t2v_mean() if shown is None else shown.rows()
+        mass = rows.mean(axis=0) if len(rows) else np.zeros(len(self.times), np.float32)
+        return mass / (float(mass.sum()) or 1.0)
 
 
 @dataclass(frozen=True)

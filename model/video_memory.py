@@ -6,6 +6,7 @@ the pooled tokens are the same for all questions. A later question costs only it
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from model.dual_cross_attention import VisualState
 
 if TYPE_CHECKING:
-    from model.attention_maps import MapCapture
+    from model.map_capture import MapCapture
     from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 
 
@@ -37,6 +38,8 @@ class VideoMemory:
         prefix_ids: list[int] | None = None,
         capture: MapCapture | None = None,
         expected_frames: int = 0,
+        v2v: bool = True,
+        pooled_grid: int | None = None,
     ) -> None:
         """Start with no frames.
 
@@ -46,9 +49,18 @@ class VideoMemory:
             prefix_ids: the prompt's tokens before the video.
             capture: collects V2V maps while the video is built.
             expected_frames: how many will come, where known; saves memory while building.
+            v2v: False leaves the V2V branch out.
+            pooled_grid: side of the pooled grid in place of the model's own.
+
+        Raises:
+            ValueError: a pooled grid that is larger than the encoder's.
 
         """
         self.config = crosslmm.config
+        if pooled_grid is not None:
+            self.config = copy.copy(self.config)  # the model's own stays as it is
+            self.config.pooled_grid = pooled_grid
+            self.config.validate_choices()
         self.prefix_ids = list(prefix_ids or [])
         self.times: list[float] = []
         self.finished = False
@@ -58,6 +70,8 @@ class VideoMemory:
             precision=precision,
             capture=capture,
             expected_frames=expected_frames,
+            v2v_open=v2v,
+            pooled_grid=pooled_grid,
         )
         self._model = crosslmm.model
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # video scope only
@@ -138,10 +152,13 @@ class VideoMemory:
         return torch.tensor([ids], device=self._model.device)
 
     @contextmanager
-    def turn(self, capture: MapCapture | None = None, *, copies: int = 1) -> Iterator[DynamicCache]:
+    def turn(
+        self, capture: MapCapture | None = None, *, copies: int = 1, t2v: bool = True
+    ) -> Iterator[DynamicCache]:
         """Lend the cache to one turn; afterwards it ends with the video again.
 
         `copies`: beams or returned sequences of `generate`; they share what is kept of the video.
+        `t2v`: False leaves the T2V branch out of this turn.
         """
         if not self.finished:
             raise ValueError("call finish() before asking")
@@ -151,11 +168,11 @@ class VideoMemory:
                 layer.keys, layer.values = (
                     x.expand(copies, -1, -1, -1) for x in (layer.keys, layer.values)
                 )
-        self.state.capture = capture
+        self.state.capture, self.state.t2v_open = capture, t2v
         try:
             yield self.cache
         finally:
-            self.state.capture = None
+            self.state.capture, self.state.t2v_open = None, True
             self.rollback()
 
     def rollback(self) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model import attention_maps
+from model import map_capture
 from model.attention_maps import (
-    MapCapture,
     frame_mass,
+    patch_shares,
     patch_weights,
-    self_attention_mass,
+    self_attention_shares,
     text_to_visual,
 )
+from model.attention_summary import visual_map
 from model.key_value_store import KeyValueStore
+from model.map_capture import MapCapture
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.video_memory import VideoMemory
 from tests.tiny import tiny_frames, tiny_model
@@ -45,7 +47,7 @@ def softmax(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 def test_mass_and_patches_equal_the_full_softmax(
     precision: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_maps, "SCORE_BYTES", block)
+    monkeypatch.setattr(map_capture, "_CPU_SCORES", block)
     store = stored(precision)
     query = torch.randn(HEADS, 3, WIDTH, generator=torch.Generator().manual_seed(1))
     full = softmax(query, store.full()[0][0]).unflatten(-1, (FRAMES, PATCHES))
@@ -55,19 +57,25 @@ def test_mass_and_patches_equal_the_full_softmax(
     chosen = [4, 0, 2]
     patches = patch_weights(query, store, chosen, PATCHES, WIDTH**-0.5, log_total)
     torch.testing.assert_close(patches, full.mean(0)[:, chosen].float(), **CLOSE)
+    for words, heads in ((True, True), (True, False), (False, False)):
+        axes = [axis for axis, apart in ((0, heads), (1, words)) if not apart]
+        expected = full.mean(axes, keepdim=True) if axes else full
+        expected = (expected / expected.sum(-1, keepdim=True)).transpose(0, 1)
+        shares = patch_shares(query, store, PATCHES, WIDTH**-0.5, mass, words=words, heads=heads)
+        torch.testing.assert_close(shares.double(), expected, atol=1e-3, rtol=0)
 
 
 def test_scores_are_held_in_bounded_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     limit, sizes = 2 * HEADS * 3 * PATCHES * 4, []
-    inner = attention_maps._frame_scores
+    inner = map_capture.frame_scores
 
     def watch(*args: object) -> torch.Tensor:
         scores = inner(*args)
         sizes.append(scores.numel() * scores.element_size())
         return scores
 
-    monkeypatch.setattr(attention_maps, "SCORE_BYTES", limit)
-    monkeypatch.setattr(attention_maps, "_frame_scores", watch)
+    monkeypatch.setattr(map_capture, "_CPU_SCORES", limit)
+    monkeypatch.setattr(map_capture, "frame_scores", watch)
     frame_mass(torch.randn(HEADS, 3, WIDTH), stored(), PATCHES, WIDTH**-0.5)
     assert len(sizes) == 3 and max(sizes) <= limit
 
@@ -197,17 +205,30 @@ def test_visual_maps_equal_the_full_softmax(settings: dict, kernel: str) -> None
     for layer in crosslmm.config.dcal_layers:
         branch = crosslmm.model.language_model.layers[layer].dual_cross_attention.v2v
         pooled = torch.cat(states[layer])
-        weights = capture.v2v_weights[layer]
-        assert len(weights) == FRAMES
+        received = torch.zeros(HEADS, FRAMES)
         for t in range(FRAMES):
             first = max(0, t - window)
             keys = memory[first : t + 1].flatten(0, 1)[None]
             with torch.inference_mode():
                 query = branch.queries(pooled[None, 4 * t : 4 * t + 4])[0]
-                full = softmax(query, branch.keys_values(keys)[0][0]).mean(0).float()
-            seen = weights[t]
-            torch.testing.assert_close(seen[:, -full.shape[1] :], full, **CLOSE)
-            assert not seen[:, : -full.shape[1]].any()  # frames before the first
+                full = softmax(query, branch.keys_values(keys)[0][0]).float()  # (H, P, keys)
+            shares = full.mean(1).unflatten(-1, (-1, PATCHES))  # (H, frames seen, N)
+            received[:, first : t + 1] += shares.sum(-1) / FRAMES
+            own = shares[:, -1] / shares[:, -1].sum(-1, keepdim=True)
+            kept = torch.cat(capture.v2v_patches[layer])[t].float()
+            torch.testing.assert_close(kept, own, atol=1e-3, rtol=0)
+            if not window:
+                even = torch.full_like(full, 1 / PATCHES)
+                narrow = (full * (full / even).log()).sum(-1) / torch.tensor(PATCHES).log()
+                focus = torch.cat(capture.v2v_focus[layer])[t]
+                torch.testing.assert_close(focus, narrow.mean(1), **CLOSE)
+        drawn = visual_map(capture, budget=10**6)
+        row = torch.from_numpy(drawn.heads[drawn.layers.index(layer)]).float()
+        if window:
+            torch.testing.assert_close(row, received, atol=1e-3, rtol=0)
+            assert drawn.measure == "share"
+        else:
+            assert drawn.measure == "focus" and row.min() >= 0 and row.max() <= 1
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
@@ -223,9 +244,9 @@ def test_visual_mass_in_video_scope_equals_the_full_softmax(kernel: str) -> None
     with torch.inference_mode():
         query = module.v2v.queries(hidden)[0]
         keys, _ = module.v2v.keys_values(context.memory.flatten(1, 2))
-        full = softmax(query, keys[0]).mean(0).float()  # (T * P, M)
+        full = softmax(query, keys[0]).mean(1).float()  # (H, M), mean over all pooled tokens
     mass = full.unflatten(-1, (FRAMES, -1)).sum(-1)
-    torch.testing.assert_close(torch.cat(capture.v2v_mass[0]), mass, **CLOSE)
+    torch.testing.assert_close(capture.v2v_video[0], mass, **CLOSE)
 
 
 def test_self_attention_equals_the_full_softmax_for_every_layer() -> None:
@@ -236,7 +257,9 @@ def test_self_attention_equals_the_full_softmax_for_every_layer() -> None:
         memory, capture = build(crosslmm), MapCapture()
         with memory.turn(capture), capture.self_attention(crosslmm):
             ids = answer(crosslmm, memory, capture)
-            masses[kernel] = self_attention_mass(memory, capture, last=len(ids))
+            layers = range(crosslmm.config.text_config.num_hidden_layers)
+            shares = [self_attention_shares(memory, capture, i, last=len(ids)) for i in layers]
+            masses[kernel] = torch.stack(shares)  # (layers, H, L, T, P)
     torch.testing.assert_close(masses["eager"], masses["sdpa"], **CLOSE)
     with torch.inference_mode():
         attentions = crosslmm(
@@ -245,10 +268,10 @@ def test_self_attention_equals_the_full_softmax_for_every_layer() -> None:
             use_cache=False,
             output_attentions=True,
         ).attentions
-    full = torch.stack([a[0, :, -len(ids) :].mean(0) for a in attentions], dim=1)
-    visual = full[..., len(PREFIX) : memory.length].unflatten(-1, (FRAMES, -1)).sum(-1)
+    full = torch.stack([a[0, :, -len(ids) :] for a in attentions])
+    visual = full[..., len(PREFIX) : memory.length].unflatten(-1, (FRAMES, -1))
     torch.testing.assert_close(masses["eager"], visual, **CLOSE)
-    assert (visual.sum(-1) < 1).all()
+    assert (visual.sum((-1, -2)) < 1).all()
 
 
 def test_capture_leaves_the_answer_alone() -> None:

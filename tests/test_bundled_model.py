@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.attention_maps import MapCapture
 from model.engine import Engine
+from model.map_capture import MapCapture
 from model.training.world import make_world, seeded
 from model.training.world_parts import World
 from model.training.world_questions import QA, questions

@@ -298,14 +298,14 @@ class Trainer:
             self._resume()
 
     def _embed_some(
-        self, features: torch.Tensor, times: torch.Tensor
+        self, features: torch.Tensor, times: torch.Tensor, grid: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`embed_frames` with a random part of each frame's patches left out of the memory.
 
         Most of a step's cost is keys and values of patches, and most patches show background. The
         last part of training sees all of them again.
         """
-        pooled, memory = self._embed(features, times)
+        pooled, memory = self._embed(features, times, grid)
         self.kept = None
         share = self.args.keep if self.crosslmm.training and self.done < WHOLE_FROM else 1.0
         if share < 1:
