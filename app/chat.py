@@ -53,7 +53,7 @@ class Update:
 
 def check_question(session: Session, message: str, settings: Settings) -> str:
     """Return the question to ask; raises `InputError` when there is none or it cannot be asked."""
-    question = message.strip()
+    question = message.strip() if isinstance(message, str) else ""
     if session.video is None:
         raise InputError("Choose a sample or upload a video first, then ask.")
     if not question:

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from app import fragments
 from app.chat import Line, Update, run_turn
+from app.disk import NO_ROOM
 from app.downloads import Downloaded, Downloads
 from app.panels.attention import attention_panel
 from app.panels.savings import savings_panel
@@ -20,6 +20,7 @@ from app.routes import media_url
 from app.sessions import Session, Sessions
 from app.settings import Settings
 from app.sources import Sample, Video, take_fetched, take_sample, take_upload
+from app.upload import uploaded
 from app.worker import Worker
 from model.types import Answer, InputError, Stopped
 
@@ -120,6 +121,8 @@ class Handlers:
 
     async def take_url(self, session: Session, url: str) -> AsyncIterator[Downloaded | Video]:
         """Fetch a video, check it and make it the session's; raises `InputError`, `Stopped`."""
+        if not self._sessions.disk.has_room(0):
+            raise InputError(NO_ROOM)
         run = self.downloads.run(session.id, url, session.folder)
         async with contextlib.aclosing(run):
             async for got in run:
@@ -140,9 +143,8 @@ class Handlers:
         if isinstance(source, Sample):
             video = await asyncio.to_thread(take_sample, source, self._settings)
         else:
-            video = await asyncio.to_thread(
-                take_upload, Path(source), session.folder, self._settings
-            )
+            path = uploaded(source, self._sessions.disk)
+            video = await asyncio.to_thread(take_upload, path, session.folder, self._settings)
         self.downloads.cancel(session.id)  # or it would take this one's place
         self._sessions.set_video(session, video)
         return video

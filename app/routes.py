@@ -5,10 +5,13 @@ They ask for no login: a token cannot be guessed, and the state names nobody.
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from app.health import report
 from app.sessions import Sessions
 from app.sources import MEDIA_TYPES
 from app.worker import Worker
@@ -36,15 +39,8 @@ def routes(worker: Worker, sessions: Sessions) -> list[Route]:
         )
 
     async def health(_: Request) -> JSONResponse:
-        status = worker.status()
-        model = status.model
-        told = {
-            "state": status.state,
-            "waiting": status.waiting,
-            "restarts": status.restarts,
-            "error": status.error,
-            "model": model and {"name": model.name, "device": model.device},
-        }
+        disk_bytes = await asyncio.to_thread(sessions.disk.used)
+        told = report(worker, sessions.count(), disk_bytes)
         return JSONResponse(told, headers={"Cache-Control": "no-store"})
 
     return [Route(f"/{MEDIA}/{{token}}", media), Route("/health", health)]

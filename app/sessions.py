@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from app.disk import Disk
 from app.jobs import Job
 from app.logs import log
 from app.settings import Settings
@@ -81,6 +82,7 @@ class Sessions:
         if settings.data_dir is not None:
             Path(settings.data_dir).mkdir(parents=True, exist_ok=True)
         self.root = Path(tempfile.mkdtemp(prefix="crosslmm-", dir=settings.data_dir))
+        self.disk = Disk(self.root, settings.max_disk_bytes, settings.upload_age_seconds)
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="crosslmm-sessions", daemon=True).start()
 
@@ -96,7 +98,10 @@ class Sessions:
                 self._by_key[key] = session
                 log("session_started", session=name)
             session.last_seen, session.left_at = time.monotonic(), None
-            return session
+            crowd = len(self._by_key) - self._settings.max_visitors
+        if crowd > 0:
+            self._end_most_silent(lambda one: one is not session)
+        return session
 
     def set_video(self, session: Session, video: Video) -> None:
         """Make `video` the current one; the one before it and its conversation end."""
@@ -140,6 +145,31 @@ class Sessions:
         for key in expired:
             self._end(key)
 
+    def count(self) -> int:
+        """How many visitors there are."""
+        with self._lock:
+            return len(self._by_key)
+
+    def make_room(self) -> None:
+        """Delete files nobody uses; then, while there are too many, those of silent visitors."""
+        self.disk.tidy()
+        while self.disk.over() > 0:
+            if not self._end_most_silent(lambda one: one.video and not one.video.shared):
+                return
+            self.disk.tidy()
+
+    def _end_most_silent(self, may_end: Callable[[Session], object]) -> bool:
+        with self._lock:
+            idle = [
+                (one.last_seen, key)
+                for key, one in self._by_key.items()
+                if may_end(one) and (one.job is None or one.job.done)
+            ]
+        if idle:
+            log("session_ended_early", visitors=self.count())
+            self._end(min(idle)[1])
+        return bool(idle)
+
     def _is_over(self, session: Session, now: float) -> bool:
         if session.job is not None and not session.job.done:
             return False
@@ -169,3 +199,4 @@ class Sessions:
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
             self.end_expired()
+            self.make_room()

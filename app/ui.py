@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from app import fragments
 from app.api import add_endpoints
 from app.chat import Line
 from app.fetch import MAX_URL_CHARS
+from app.gate import Gate
 from app.handlers import Components, Handlers
 from app.panels.attention import attention_panel
 from app.panels.savings import savings_panel
@@ -20,6 +22,7 @@ from app.routes import media_url, routes
 from app.sessions import Sessions
 from app.settings import Settings
 from app.sources import Sample
+from app.upload import only_uploads
 from app.worker import Worker
 
 STATIC = Path(__file__).parent / "static"
@@ -56,7 +59,9 @@ def build(
             with gr.Column(elem_id="talk", min_width=300):
                 with gr.Row(elem_id="sources"):
                     cards = _sample_cards(sessions, samples)
-                    upload = gr.File(label="Upload a video", elem_id="upload", height=96)
+                    upload = only_uploads(
+                        gr.File(label="Upload a video", elem_id="upload", height=96)
+                    )
                 url, fetch, cancel = _web_address()
                 notice = _html("", elem_id="notice")
                 player = _html(fragments.player(None, ""), elem_id="player")
@@ -254,7 +259,10 @@ def launch_options(settings: Settings, worker: Worker, sessions: Sessions) -> di
         "footer_links": ["api"],
         "run_history": False,
         "enable_monitoring": False,
-        "app_kwargs": {"routes": routes(worker, sessions)},
+        "app_kwargs": {
+            "routes": routes(worker, sessions),
+            "middleware": [Middleware(Gate, settings=settings, disk=sessions.disk)],
+        },
         "prevent_thread_lock": True,
         "quiet": True,
     }

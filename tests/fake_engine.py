@@ -1,6 +1,7 @@
 """An engine without weights: same interface and events as the real one, deterministic and quick.
 
-Words in the question make it misbehave: `slow`, `crash`, `hang`, `freeze`, `broken`, `wrong`.
+Words in the question make it misbehave: `slow`, `crash`, `hang`, `freeze`, `broken`, `wrong`,
+`illegal`, `faulty`.
 With `gated` it halts in every stage until the test opens that gate, so that nothing hangs on time:
 a gate is a file of that name in the folder FAKE_GATES.
 It never stands in for the model outside of tests.
@@ -26,6 +27,7 @@ from model.types import (
     Event,
     FrameView,
     InputError,
+    ModelFault,
     ModelInfo,
     Piece,
     Progress,
@@ -96,6 +98,10 @@ class FakeEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         if "freeze" in words:
             os.kill(os.getpid(), signal.SIGSTOP)
+        if "illegal" in words:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if "faulty" in words:
+            raise ModelFault("The model's numbers broke down.")
         if "wrong" in words:
             raise InputError("This question cannot be asked.")
         if not reused:
