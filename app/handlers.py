@@ -22,7 +22,7 @@ from app.settings import Settings
 from app.sources import Sample, Video, take_fetched, take_sample, take_upload
 from app.upload import uploaded
 from app.worker import Worker
-from model.types import Answer, InputError, Stopped
+from model.types import InputError, Stopped
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Components:
     player: gr.HTML
     chat: gr.Chatbot
     line: gr.HTML
+    tools: gr.HTML
     chips: gr.HTML
     question: gr.Textbox
     ask: gr.Button
@@ -47,6 +48,8 @@ class Components:
 
 
 Changes = dict[Any, Any]
+
+EDITING = "Change your question and send it: it takes the place of the last one."
 
 
 class Handlers:
@@ -155,10 +158,17 @@ class Handlers:
             page.upload: None,
             page.notice: fragments.notice(""),
             page.player: fragments.player(session.video, media_url(session.media)),
-            page.chat: [],
-            page.line: fragments.status_line(Line("idle")),
             page.chips: fragments.chips(self._questions(session)),
-            **self._panels(None, session),
+            **self._idle(session),
+        }
+
+    def _idle(self, session: Session) -> Changes:
+        """Show the conversation as it stands, with nothing under way."""
+        return {
+            self._page.line: fragments.status_line(Line("idle")),
+            **self._conversation(session),
+            **self._buttons(running=False),
+            **self._panels(session),
         }
 
     def _questions(self, session: Session) -> tuple[str, ...]:
@@ -198,14 +208,18 @@ class Handlers:
         if first or update.finished:
             changes |= self._buttons(running=not update.finished)
         if update.answer is not None:
-            changes |= await asyncio.to_thread(self._panels, update.answer, session)
+            changes |= await asyncio.to_thread(self._panels, session)
         return changes
 
     def _conversation(self, session: Session) -> Changes:
         duration = session.video.info.duration if session.video is not None else 0.0
-        return {self._page.chat: fragments.messages(session.turns, duration)}
+        return {
+            self._page.chat: fragments.messages(session.turns, duration),
+            self._page.tools: fragments.tools(session.turns, session.replacing),
+        }
 
-    def _panels(self, answer: Answer | None, session: Session) -> Changes:
+    def _panels(self, session: Session) -> Changes:
+        answer = session.last_answer()
         shown = answer.attention if answer is not None else None
         duration = answer.video.duration if answer is not None else 0.0
         model = self._worker.status().model
@@ -226,12 +240,33 @@ class Handlers:
             return {self._page.stop: gr.skip()}
         return self._buttons(running=False)
 
-    def clear(self, request: gr.Request) -> Changes:
-        """Begin a new conversation about the same video."""
-        session = self.session(request)
-        session.stop()
-        session.turns = []
-        return {self._page.line: fragments.status_line(Line("idle")), **self._panels(None, session)}
+    async def use_tool(self, event: gr.EventData, request: gr.Request) -> AsyncIterator[Changes]:
+        """Retry, edit or undo the last question, or begin a new conversation."""
+        session, tool = self.session(request), clicked(event, "tool")
+        if not session.turns or (session.job is not None and not session.job.done):
+            return
+        last = session.turns[-1].question
+        if tool == "retry":
+            session.replacing = True
+            async for changes in self._turn(session, last, {}):
+                yield changes
+        elif tool in ("edit", "keep"):
+            session.replacing = tool == "edit"
+            yield {self._page.question: last if session.replacing else ""}
+            # Gradio sends the last changes twice; the box must not be among them, or what is
+            # typed in between would be lost.
+            note = Line("note", EDITING) if session.replacing else Line("idle")
+            yield {
+                self._page.line: fragments.status_line(note),
+                **self._conversation(session),
+            }
+        elif tool == "undo":
+            session.turns.pop()
+            session.replacing = False
+            yield self._idle(session)
+        elif tool == "new":
+            session.begin_anew()
+            yield self._idle(session)
 
     # The page's life.
 

@@ -18,6 +18,7 @@ from typing import Literal
 from app.disk import Disk
 from app.jobs import Job
 from app.logs import log
+from app.moments import Moment
 from app.settings import Settings
 from app.sources import Video
 from model.types import Answer
@@ -36,6 +37,7 @@ class Turn:
     outcome: Outcome = "running"
     problem: str = ""  # why it failed, one sentence
     result: Answer | None = field(default=None, compare=False)  # older ones without attention
+    seen: Moment | None = None  # where its words looked, when that is pronounced
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Session:
     media: str = ""  # token under which the player gets the video
     turns: list[Turn] = field(default_factory=list)
     job: Job | None = None
+    replacing: bool = False  # the next question takes the place of the last one
+    remark: str = ""  # told beside the running turn's own progress
     last_seen: float = field(default_factory=time.monotonic)
     left_at: float | None = None
 
@@ -60,6 +64,14 @@ class Session:
     def answers(self) -> list[Answer]:
         """What the model said in this conversation, oldest first."""
         return [turn.result for turn in self.turns if turn.result is not None]
+
+    def last_answer(self) -> Answer | None:
+        """What the panels show: the answer to the last question, with its attention."""
+        return self.turns[-1].result if self.turns else None
+
+    def begin_anew(self) -> None:
+        """Forget the conversation about the current video."""
+        self.turns, self.replacing, self.remark = [], False, ""
 
     def stop(self) -> bool:
         """Stop the running job, if there is one."""
@@ -107,7 +119,8 @@ class Sessions:
         """Make `video` the current one; the one before it and its conversation end."""
         session.stop()
         self._drop_video(session)
-        session.video, session.turns = video, []
+        session.video = video
+        session.begin_anew()
         session.media = self.publish(video.path)
 
     def publish(self, path: Path) -> str:

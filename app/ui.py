@@ -66,7 +66,11 @@ def build(
                 notice = _html("", elem_id="notice")
                 player = _html(fragments.player(None, ""), elem_id="player")
                 chat = _chatbot()
-                line = _html(fragments.status_line(Line("idle")), elem_id="line")
+                with gr.Row(elem_id="turn"):
+                    line = _html(fragments.status_line(Line("idle")), elem_id="line")
+                    tools = _html(
+                        fragments.tools(()), elem_id="tools", js_on_load=_SEND % {"name": "tool"}
+                    )
                 chips = _html(
                     fragments.chips(()), elem_id="chips", js_on_load=_SEND % {"name": "question"}
                 )
@@ -76,8 +80,8 @@ def build(
                 attention = _html(attention_panel(None, 0.0, None), elem_id="attention")
                 savings = _html(savings_panel(()), elem_id="savings")
         page = Components(
-            upload, url, fetch, cancel, notice, player, chat, line, chips, question, ask, stop,
-            note, attention, savings,
+            upload, url, fetch, cancel, notice, player, chat, line, tools, chips,
+            question, ask, stop, note, attention, savings,
         )  # fmt: skip
         handlers = Handlers(settings, worker, sessions, samples, page)
         _wire(demo, handlers, page, cards, status)
@@ -174,13 +178,11 @@ def _wire(
             **more,
         )
 
-    video = [
-        page.upload, page.notice, page.player, page.chat, page.line, page.chips,
+    turn = [
+        page.question, page.chat, page.line, page.tools, page.ask, page.stop,
         page.attention, page.savings,
     ]  # fmt: skip
-    turn = [
-        page.question, page.chat, page.line, page.ask, page.stop, page.attention, page.savings,
-    ]  # fmt: skip
+    video = [page.upload, page.notice, page.player, page.chips, *turn]
     web = [page.url, page.fetch, page.cancel]
     on(page.upload.upload, handlers.upload, page.upload, video)
     on(
@@ -194,7 +196,7 @@ def _wire(
     on(send, handlers.ask, page.question, turn)
     on(page.chips.click, handlers.ask_chip, None, turn, trigger_mode="multiple")
     on(page.stop.click, handlers.stop, None, [page.ask, page.stop], queue=False)
-    on(page.chat.clear, handlers.clear, None, [page.line, page.attention, page.savings])
+    on(page.tools.click, handlers.use_tool, None, turn, trigger_mode="multiple")
     on(status.ready, handlers.model_ready, None, [page.note, page.chips])
     demo.unload(handlers.leave)
 
