@@ -116,8 +116,8 @@ async def run_turn(
         video=str(session.video.path),
         question=question,
         history=session.history(settings.max_history_turns),
-        max_frames=settings.max_frames,
-        max_new_tokens=settings.max_new_tokens,
+        max_frames=session.choices.max_frames or settings.max_frames,
+        max_new_tokens=session.choices.max_new_tokens or settings.max_new_tokens,
         strongest_frames=settings.strongest_frames,
         bounds=settings.read_bounds,
     )

@@ -100,6 +100,11 @@ def notice(text: str) -> str:
     return f'<p class="notice" role="alert">{esc(text)}</p>' if text else ""
 
 
+def remark(text: str) -> str:
+    """What was done without being asked on the page, in place of the notice."""
+    return f'<p class="notice remark" role="status">{esc(text)}</p>' if text else ""
+
+
 def fetching(download: Downloaded) -> str:
     """How far a download has come, in place of the notice."""
     arrived = show_bytes(download.done)

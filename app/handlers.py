@@ -10,13 +10,15 @@ from typing import Any
 
 import gradio as gr
 
-from app import fragments
+from app import fragments, links
 from app.chat import Line, Update, run_turn
 from app.disk import NO_ROOM
 from app.downloads import Downloaded, Downloads
 from app.panels.attention import attention_panel
+from app.panels.run_card import run_card_section
 from app.panels.savings import savings_panel
-from app.routes import media_url
+from app.routes import export_url, media_url
+from app.run_card import run_card
 from app.sessions import Session, Sessions
 from app.settings import Settings
 from app.sources import Sample, Video, take_fetched, take_sample, take_upload
@@ -225,8 +227,15 @@ class Handlers:
         model = self._worker.status().model
         return {
             self._page.attention: attention_panel(shown, duration, model),
-            self._page.savings: savings_panel(session.answers()),
+            self._page.savings: savings_panel(session.answers(), self._run_card(session)),
         }
+
+    def _run_card(self, session: Session) -> str:
+        answers, model = session.answers(), self._worker.status().model
+        if not answers:
+            return ""
+        card = run_card(answers[-1], model, session.video, session.choices)
+        return run_card_section(card, export_url(session))
 
     def _buttons(self, running: bool) -> Changes:
         return {
@@ -269,6 +278,24 @@ class Handlers:
             yield self._idle(session)
 
     # The page's life.
+
+    async def restore(self, request: gr.Request) -> Changes:
+        """Take the sample and the settings that a link of ours asks for."""
+        status = self._worker.status()
+        model = status.model.name if status.model is not None else ""
+        wanted = links.restore(request.query_params, self._settings, self._samples, model)
+        if wanted is None:
+            return {self._page.notice: gr.skip()}
+        session = self.session(request)
+        session.choices = wanted.choices
+        changes: Changes = {}
+        if wanted.sample is not None:
+            try:
+                await self.take(session, wanted.sample)
+            except InputError as error:
+                return {self._page.notice: fragments.notice(str(error))}
+            changes = self._new_video(session)
+        return {**changes, self._page.notice: fragments.remark(links.told(wanted))}
 
     def model_ready(self, request: gr.Request) -> Changes:
         """Show what is known only of a loaded model."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from app.choices import Choices
 from app.disk import Disk
 from app.jobs import Job
 from app.logs import log
@@ -52,6 +53,8 @@ class Session:
     job: Job | None = None
     replacing: bool = False  # the next question takes the place of the last one
     remark: str = ""  # told beside the running turn's own progress
+    choices: Choices = Choices()
+    export: str = field(default_factory=lambda: secrets.token_urlsafe(18))  # guards the exports
     last_seen: float = field(default_factory=time.monotonic)
     left_at: float | None = None
 
@@ -134,6 +137,12 @@ class Sessions:
         """Return the file behind a token."""
         with self._lock:
             return self._media.get(token)
+
+    def by_export(self, token: str) -> Session | None:
+        """Return the session whose exports lie under a token."""
+        with self._lock:
+            every = list(self._by_key.values())
+        return next((one for one in every if secrets.compare_digest(one.export, token)), None)
 
     def leave(self, key: str | None) -> None:
         """Note a closed page: its job stops now, the rest goes a little later (it may return)."""

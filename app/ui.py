@@ -198,6 +198,7 @@ def _wire(
     on(page.stop.click, handlers.stop, None, [page.ask, page.stop], queue=False)
     on(page.tools.click, handlers.use_tool, None, turn, trigger_mode="multiple")
     on(status.ready, handlers.model_ready, None, [page.note, page.chips])
+    on(demo.load, handlers.restore, None, video)
     demo.unload(handlers.leave)
 
 
@@ -246,7 +247,9 @@ def theme() -> gr.themes.Base:
 
 def launch_options(settings: Settings, worker: Worker, sessions: Sessions) -> dict[str, Any]:
     """Arguments for `Blocks.launch`."""
-    script = (STATIC / "page.js").read_text(encoding="utf-8")
+    script = "\n".join(
+        (STATIC / name).read_text(encoding="utf-8") for name in ("page.js", "saved.js")
+    )
     return {
         "server_name": settings.host,
         "server_port": settings.port,
