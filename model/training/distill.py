@@ -45,6 +45,33 @@ def teacher_embeds(
     return model.place_frames(input_ids, model.get_input_embeddings()(input_ids), full, frame_mask)
 
 
+def full_token_logits(
+    teacher: CrossLMMForConditionalGeneration,
+    batch: dict[str, Any],
+    features: torch.Tensor,
+    grid: int,
+) -> torch.Tensor:
+    """Logits (tokens, V) of a batch's answers, with all tokens in the LLM, no cross-attention."""
+    embeds = teacher_embeds(
+        teacher,
+        batch["teacher_input_ids"],
+        features,
+        batch.get("frame_times"),
+        batch.get("frame_mask"),
+        grid,
+    )
+    columns, rows, _ = answer_columns(batch["teacher_labels"])
+    # Embeddings instead of ids: no frames enter the cross-attention, so it does nothing.
+    logits = teacher(
+        inputs_embeds=embeds,
+        attention_mask=batch["teacher_attention_mask"],
+        position_ids=batch.get("teacher_position_ids"),
+        use_cache=False,
+        logits_to_keep=columns,
+    ).logits
+    return logits[rows]
+
+
 class DistillLoss(AnswerLoss):
     """KL(teacher || student) of the answers' tokens, summed.
 
@@ -75,24 +102,7 @@ class DistillLoss(AnswerLoss):
         teacher = self.crosslmm if self.teacher is None else self.teacher
         if self.teacher is not None and "video_features" not in batch:
             features = encode(teacher, batch["pixel_values_videos"])  # the student's encoder moves
-        embeds = teacher_embeds(
-            teacher,
-            batch["teacher_input_ids"],
-            features,
-            batch.get("frame_times"),
-            batch.get("frame_mask"),
-            self.grid,
-        )
-        columns, rows, _ = answer_columns(batch["teacher_labels"])
-        # Embeddings instead of ids: no frames enter the cross-attention, so it does nothing.
-        logits = teacher(
-            inputs_embeds=embeds,
-            attention_mask=batch["teacher_attention_mask"],
-            position_ids=batch.get("teacher_position_ids"),
-            use_cache=False,
-            logits_to_keep=columns,
-        ).logits
-        return logits[rows]
+        return full_token_logits(teacher, batch, features, self.grid)
 
 
 @torch.no_grad()

@@ -56,20 +56,23 @@ def pack(
     prompt: PromptIds,
     rng: random.Random,
     max_gap: int,
+    per_frame: int = 1,
+    extra: int = 0,
 ) -> Packed:
     """Lay out a batch. `max_gap`: a random jump of position between video and text.
 
-    The jump teaches the text to read videos longer than those of training.
+    The jump teaches the text to read videos longer than those of training. `per_frame`: tokens of a
+    frame; `extra`: columns kept free in front of the end of each answer, for one to be written.
     """
-    frames = len(videos[0].times)
-    head = prompt.prefix + [prompt.video_token_id] * frames
+    count = len(videos[0].times) * per_frame
+    head = prompt.prefix + [prompt.video_token_id] * count
     rows, groups, positions, labels, spans = [], [], [], [], []
     for questions in asked:
         ids, group, place = list(head), [0] * len(head), list(range(len(head)))
         label, answers = [IGNORE] * len(head), []
         for number, qa in enumerate(questions, start=1):
             question = prompt.encode(qa.question) + prompt.tail
-            answer = prompt.encode(qa.answer) + prompt.end
+            answer = prompt.encode(qa.answer) + prompt.end * (1 + extra)
             first = len(head) + rng.randint(0, max_gap)
             answers.append((qa, len(ids) + len(question), len(ids) + len(question) + len(answer)))
             ids += question + answer
