@@ -14,6 +14,7 @@ from app.chat import run_turn
 from app.handlers import Handlers
 from app.settings import Settings
 from app.sources import Sample, Video
+from app.upload import only_uploads
 from app.worker import Worker
 from model.ask import as_json
 from model.types import Answer, InputError, Stopped
@@ -27,7 +28,7 @@ def add_endpoints(
     async def add_video(video: str | None, request: gr.Request) -> dict[str, Any]:
         """Add a video file to the session; later questions are about it."""
         if video is None:
-            raise gr.Error("Give a video file, for example gradio_client.handle_file(path).")
+            raise problem("Give a video file, for example gradio_client.handle_file(path).")
         return await _added(handlers, request, video)
 
     async def add_video_url(url: str, request: gr.Request) -> AsyncIterator[dict[str, Any]]:
@@ -39,16 +40,16 @@ def add_endpoints(
                 else:
                     yield {"stage": "fetching", "bytes": got.done, "total_bytes": got.total}
         except InputError as error:
-            raise gr.Error(str(error)) from error
+            raise problem(str(error)) from error
         except Stopped as stopped:
-            raise gr.Error("The download was cancelled.") from stopped
+            raise problem("The download was cancelled.") from stopped
 
     async def add_sample(title: str, request: gr.Request) -> dict[str, Any]:
         """Use one of the samples that come with the app, by its title."""
         found = next((one for one in samples if one.title == title), None)
         if found is None:
             known = ", ".join(one.title for one in samples) or "none"
-            raise gr.Error(f"There is no sample {title!r}. The samples are: {known}.")
+            raise problem(f"There is no sample {title!r}. The samples are: {known}.")
         return await _added(handlers, request, found)
 
     async def ask(question: str, request: gr.Request) -> AsyncIterator[dict[str, Any]]:
@@ -56,7 +57,7 @@ def add_endpoints(
         session = handlers.session(request)
         async for update in run_turn(session, question, worker, settings):
             if update.line.kind == "problem":
-                raise gr.Error(update.line.text)
+                raise problem(update.line.text)
             if update.answer is not None:
                 yield answer_data(update.answer)
             elif not update.finished:
@@ -70,7 +71,7 @@ def add_endpoints(
 
     # A File component, because only then does Gradio take a file and check where it lies.
     hidden = {"visible": False, "render": True}
-    file, told = gr.File(label="video", **hidden), gr.JSON(label="video", **hidden)
+    file, told = only_uploads(gr.File(label="video", **hidden)), gr.JSON(label="video", **hidden)
     gr.Button(visible=False).click(
         add_video, file, told, api_name="add_video", concurrency_limit=None
     )
@@ -84,11 +85,16 @@ def add_endpoints(
         gr.api(endpoint, api_name=endpoint.__name__, queue=queued, concurrency_limit=None)
 
 
+def problem(text: str) -> gr.Error:
+    """An error for the caller alone: the log is not for what visitors write."""
+    return gr.Error(text, print_exception=False)
+
+
 async def _added(handlers: Handlers, request: gr.Request, source: str | Sample) -> dict[str, Any]:
     try:
         return video_data(await handlers.take(handlers.session(request), source))
     except InputError as error:
-        raise gr.Error(str(error)) from error
+        raise problem(str(error)) from error
 
 
 def video_data(video: Video) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from app.jobs import Cancelled, Job, JobEvent, Queued, Stopping
+from app.moments import seen_at
 from app.panels.draw import seconds
 from app.sessions import Session, Turn
 from app.settings import Settings
@@ -23,6 +25,11 @@ _STAGE_TEXT = {
 }
 
 
+BUSY = "An answer is still on its way. Your question stays in the box: send it when this is done."
+
+_PACE_SECONDS = 1.0  # a stage must have taken this long before its end is foretold
+
+
 class Asks(Protocol):
     """What a turn needs of the worker."""
 
@@ -35,7 +42,7 @@ class Asks(Protocol):
 class Line:
     """The line above the question box: how far the turn is, how it ended, or what is wrong."""
 
-    kind: Literal["idle", "working", "done", "problem"]
+    kind: Literal["idle", "note", "working", "done", "problem"]
     text: str = ""
     stage: Stage | Literal["waiting"] | None = None
     share: float | None = None  # of the stage, 0..1; None when not known
@@ -53,7 +60,7 @@ class Update:
 
 def check_question(session: Session, message: str, settings: Settings) -> str:
     """Return the question to ask; raises `InputError` when there is none or it cannot be asked."""
-    question = message.strip()
+    question = message.strip() if isinstance(message, str) else ""
     if session.video is None:
         raise InputError("Choose a sample or upload a video first, then ask.")
     if not question:
@@ -64,8 +71,26 @@ def check_question(session: Session, message: str, settings: Settings) -> str:
             f"at most {settings.max_question_chars} are taken."
         )
     if session.job is not None and not session.job.done:
-        raise InputError("An answer is still on its way. Wait for it or press Stop.")
+        raise InputError(BUSY)
     return question
+
+
+@dataclass
+class Pace:
+    """When the stage that runs now will be over, from how far it has come since it began."""
+
+    stage: Stage | None = None
+    began: float = 0.0
+    first: int = 0  # what was done when it began
+
+    def left(self, event: Progress, now: float) -> float | None:
+        """Seconds left of the stage; None where that cannot be told (yet)."""
+        if event.stage != self.stage:
+            self.stage, self.began, self.first = event.stage, now, event.done
+        spent, made = now - self.began, event.done - self.first
+        if spent < _PACE_SECONDS or made <= 0 or not event.total:
+            return None
+        return spent * (event.total - event.done) / made
 
 
 async def run_turn(
@@ -78,15 +103,21 @@ async def run_turn(
     try:
         question = check_question(session, message, settings)
     except InputError as error:
+        # The running answer goes on writing its own lines; it repeats this one from now on.
+        session.remark = BUSY if str(error) == BUSY else ""
         yield Update(Line("problem", str(error)), accepted=False, finished=True)
         return
+    session.remark = ""
+    if session.replacing and session.turns:
+        session.turns.pop()
+    session.replacing = False
     assert session.video is not None
     request = AskRequest(
         video=str(session.video.path),
         question=question,
         history=session.history(settings.max_history_turns),
-        max_frames=settings.max_frames,
-        max_new_tokens=settings.max_new_tokens,
+        max_frames=session.choices.max_frames or settings.max_frames,
+        max_new_tokens=session.choices.max_new_tokens or settings.max_new_tokens,
         strongest_frames=settings.strongest_frames,
         bounds=settings.read_bounds,
     )
@@ -95,13 +126,14 @@ async def run_turn(
     job = session.job = worker.submit(request)
     try:
         yield Update(Line("working", "Waiting for the model", "waiting"))
+        pace = Pace()
         async for batch in job.batches():
-            update = _apply(batch, turn)
+            update = _apply(batch, turn, pace)
             _drop_old_maps(session, turn)
             if all(one is not turn for one in session.turns):  # another video, or a new start
                 yield Update(Line("idle"), finished=True)
                 return
-            yield update
+            yield _with_remark(update, session)
             if not update.finished:
                 await asyncio.sleep(_UPDATE_SECONDS)
     finally:
@@ -119,7 +151,17 @@ def _drop_old_maps(session: Session, newest: Turn) -> None:
             turn.result = replace(turn.result, attention=None)
 
 
-def _apply(batch: list[JobEvent], turn: Turn) -> Update:
+def _with_remark(update: Update, session: Session) -> Update:
+    """Tell what was said to a question that came in between, until the answer is there."""
+    if not session.remark:
+        return update
+    if update.finished:
+        session.remark = ""
+        return update
+    return replace(update, line=replace(update.line, text=session.remark))
+
+
+def _apply(batch: list[JobEvent], turn: Turn, pace: Pace) -> Update:
     """Bring a turn up to date; the last event decides what the line says."""
     update = Update(Line("working", _STAGE_TEXT["answering"], "answering"))
     for event in batch:
@@ -127,8 +169,8 @@ def _apply(batch: list[JobEvent], turn: Turn) -> Update:
             case Piece(text):
                 turn.answer += text
                 update = Update(Line("working", _STAGE_TEXT["answering"], "answering"))
-            case Progress(stage, done, total):
-                update = Update(_progress(stage, done, total))
+            case Progress():
+                update = Update(_progress(event, pace.left(event, time.monotonic())))
             case Queued(before):
                 others = "1 question comes" if before == 1 else f"{before} questions come"
                 update = Update(Line("working", f"{others} before yours", "waiting"))
@@ -137,6 +179,7 @@ def _apply(batch: list[JobEvent], turn: Turn) -> Update:
             case Answer():
                 turn.answer, turn.result = event.text, event
                 turn.outcome = "stopped" if event.stopped else "answered"
+                turn.seen = seen_at(event.attention)
                 update = Update(Line("done", told(event)), answer=event, finished=True)
             case Failure(message, _):
                 turn.outcome, turn.problem = "failed", message
@@ -147,19 +190,30 @@ def _apply(batch: list[JobEvent], turn: Turn) -> Update:
     return update
 
 
-def _progress(stage: Stage, done: int, total: int) -> Line:
+def _progress(event: Progress, left: float | None) -> Line:
+    stage, done, total = event.stage, event.done, event.total
     text = _STAGE_TEXT[stage]
     if total and stage != "loading":
         unit = " frames" if stage == "encoding" else ""
         text = f"{text.removesuffix(' frames')} · {done} of {total}{unit}"
+    if left is not None and done < total:
+        text += f" · {time_left(left)}"
     return Line("working", text, stage, done / total if total else None)
+
+
+def time_left(left: float) -> str:
+    """Say how long something will go on, as roughly as it is known."""
+    if left < 10:
+        return f"about {max(1, round(left))} s left"
+    if left < 90:
+        return f"about {5 * round(left / 5)} s left"
+    return f"about {round(left / 60)} min left"
 
 
 def told(answer: Answer) -> str:
     """Sum a finished turn up in one line."""
-    times = answer.timings
-    parts = ["Stopped"] if answer.stopped else []
-    parts.append(f"First word after {seconds(times.first_token)}, {seconds(times.total)} in all")
+    how = "Stopped after" if answer.stopped else "Answered in"
+    parts = [f"{how} {seconds(answer.timings.total)}"]
     if answer.memory_reused:
         parts.append("the video was not read again")
     return " · ".join([*parts, *answer.notices])

@@ -139,7 +139,7 @@ def fetch(
 
 def check_url(text: str) -> str:
     """Return the web address in `text`; raises `InputError` when there is none to be fetched."""
-    text = text.strip()
+    text = text.strip() if isinstance(text, str) else ""
     if not text:
         raise InputError("Paste the web address of a video first.")
     if not re.match(r"[a-z][a-z0-9+.-]*:", text, re.IGNORECASE):

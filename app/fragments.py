@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from app.chat import Line
 from app.downloads import Downloaded
-from app.panels.draw import clock, esc
+from app.panels.draw import clock, esc, percent, seconds
 from app.sessions import Turn
 from app.settings import show_bytes
 from app.sources import Sample, Video
@@ -21,6 +21,14 @@ _ANYWHERE = re.compile(r"[\\`*_\[\]<>|~$&@]|:(?=//)|(?<=www)\.")
 _AT_START = re.compile(r"^(\d*)([#+=.)-])")
 _TIME = re.compile(r"(?<![\d:])(?:(\d{1,2}):)?(\d{1,2}):([0-5]\d)(?![\d:])")
 _CODEC_NAMES = {"h264": "H.264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9", "av1": "AV1"}
+
+_TOOLS = (
+    ("retry", "Retry", "Ask the last question again"),
+    ("edit", "Edit", "Change the last question and ask it again"),
+    ("undo", "Undo", "Take the last question and its answer away"),
+    ("new", "New conversation", "Begin anew with the same video, which is not read again"),
+)
+_KEEP = (("keep", "Leave it as it was", "Ask something new instead of changing the question"),)
 
 _SQUARES = "".join(
     f'<rect x="{1 + 10 * x}" y="{1 + 10 * y}" width="8" height="8" rx="2"/>'
@@ -90,6 +98,11 @@ def player(video: Video | None, url: str) -> str:
 def notice(text: str) -> str:
     """What is wrong with the video that was to be added."""
     return f'<p class="notice" role="alert">{esc(text)}</p>' if text else ""
+
+
+def remark(text: str) -> str:
+    """What was done without being asked on the page, in place of the notice."""
+    return f'<p class="notice remark" role="status">{esc(text)}</p>' if text else ""
 
 
 def fetching(download: Downloaded) -> str:
@@ -166,8 +179,8 @@ def with_time_links(text: str, duration: float) -> str:
     """Like `plain`, and every time within the video becomes a link that page.js makes seek."""
 
     def link(found: re.Match[str]) -> str:
-        hours, minutes, seconds = (int(group or 0) for group in found.groups())
-        at = 3600 * hours + 60 * minutes + seconds
+        hours, minutes, rest = (int(group or 0) for group in found.groups())
+        at = 3600 * hours + 60 * minutes + rest
         return f"[{found[0]}](#t={at})" if at <= duration else found[0]
 
     return _TIME.sub(link, plain(text))
@@ -183,6 +196,36 @@ def messages(turns: Sequence[Turn], duration: float) -> list[dict[str, str]]:
             answer += ("\n\n" if answer else "") + f"*{plain(turn.problem)}*"
         elif turn.outcome == "stopped":
             answer += " *(stopped)*" if answer else "*Stopped before the first word.*"
+        facts = answer_facts(turn)
+        if answer and facts:
+            answer += f"\n\n*{facts}*"
         if answer:
             shown.append({"role": "assistant", "content": answer})
     return shown
+
+
+def answer_facts(turn: Turn) -> str:
+    """The small print under an answer, as Markdown: where it was seen, and how fast it came."""
+    facts = []
+    if turn.seen is not None:
+        at, share = turn.seen, percent(turn.seen.share)
+        where = f"[{clock(at.time)}](#t={at.time:.2f})"
+        if at.clear:
+            facts.append(f"Seen at {where}, clearly: {share} of its attention is there")
+        else:
+            facts.append(f"Probably seen at {where}: {share} of its attention is there")
+    if turn.result is not None:
+        facts.append(f"first word after {seconds(turn.result.timings.first_token)}")
+    text = " · ".join(facts)
+    return text[:1].upper() + text[1:]
+
+
+def tools(turns: Sequence[Turn], replacing: bool = False) -> str:
+    """What can be done with the last question; nothing while it is being answered."""
+    if not turns or turns[-1].outcome == "running":
+        return '<div class="tools"></div>'
+    buttons = "".join(
+        f'<button type="button" class="tool" data-tool="{name}" title="{told}">{label}</button>'
+        for name, label, told in (_KEEP if replacing else _TOOLS)
+    )
+    return f'<div class="tools" role="group" aria-label="Conversation">{buttons}</div>'

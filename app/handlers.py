@@ -6,22 +6,25 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from app import fragments
+from app import fragments, links
 from app.chat import Line, Update, run_turn
+from app.disk import NO_ROOM
 from app.downloads import Downloaded, Downloads
 from app.panels.attention import attention_panel
+from app.panels.run_card import run_card_section
 from app.panels.savings import savings_panel
-from app.routes import media_url
+from app.routes import export_url, media_url
+from app.run_card import run_card
 from app.sessions import Session, Sessions
 from app.settings import Settings
 from app.sources import Sample, Video, take_fetched, take_sample, take_upload
+from app.upload import uploaded
 from app.worker import Worker
-from model.types import Answer, InputError, Stopped
+from model.types import InputError, Stopped
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Components:
     player: gr.HTML
     chat: gr.Chatbot
     line: gr.HTML
+    tools: gr.HTML
     chips: gr.HTML
     question: gr.Textbox
     ask: gr.Button
@@ -46,6 +50,8 @@ class Components:
 
 
 Changes = dict[Any, Any]
+
+EDITING = "Change your question and send it: it takes the place of the last one."
 
 
 class Handlers:
@@ -120,6 +126,8 @@ class Handlers:
 
     async def take_url(self, session: Session, url: str) -> AsyncIterator[Downloaded | Video]:
         """Fetch a video, check it and make it the session's; raises `InputError`, `Stopped`."""
+        if not self._sessions.disk.has_room(0):
+            raise InputError(NO_ROOM)
         run = self.downloads.run(session.id, url, session.folder)
         async with contextlib.aclosing(run):
             async for got in run:
@@ -140,9 +148,8 @@ class Handlers:
         if isinstance(source, Sample):
             video = await asyncio.to_thread(take_sample, source, self._settings)
         else:
-            video = await asyncio.to_thread(
-                take_upload, Path(source), session.folder, self._settings
-            )
+            path = uploaded(source, self._sessions.disk)
+            video = await asyncio.to_thread(take_upload, path, session.folder, self._settings)
         self.downloads.cancel(session.id)  # or it would take this one's place
         self._sessions.set_video(session, video)
         return video
@@ -153,10 +160,17 @@ class Handlers:
             page.upload: None,
             page.notice: fragments.notice(""),
             page.player: fragments.player(session.video, media_url(session.media)),
-            page.chat: [],
-            page.line: fragments.status_line(Line("idle")),
             page.chips: fragments.chips(self._questions(session)),
-            **self._panels(None, session),
+            **self._idle(session),
+        }
+
+    def _idle(self, session: Session) -> Changes:
+        """Show the conversation as it stands, with nothing under way."""
+        return {
+            self._page.line: fragments.status_line(Line("idle")),
+            **self._conversation(session),
+            **self._buttons(running=False),
+            **self._panels(session),
         }
 
     def _questions(self, session: Session) -> tuple[str, ...]:
@@ -196,21 +210,32 @@ class Handlers:
         if first or update.finished:
             changes |= self._buttons(running=not update.finished)
         if update.answer is not None:
-            changes |= await asyncio.to_thread(self._panels, update.answer, session)
+            changes |= await asyncio.to_thread(self._panels, session)
         return changes
 
     def _conversation(self, session: Session) -> Changes:
         duration = session.video.info.duration if session.video is not None else 0.0
-        return {self._page.chat: fragments.messages(session.turns, duration)}
+        return {
+            self._page.chat: fragments.messages(session.turns, duration),
+            self._page.tools: fragments.tools(session.turns, session.replacing),
+        }
 
-    def _panels(self, answer: Answer | None, session: Session) -> Changes:
+    def _panels(self, session: Session) -> Changes:
+        answer = session.last_answer()
         shown = answer.attention if answer is not None else None
         duration = answer.video.duration if answer is not None else 0.0
         model = self._worker.status().model
         return {
             self._page.attention: attention_panel(shown, duration, model),
-            self._page.savings: savings_panel(session.answers()),
+            self._page.savings: savings_panel(session.answers(), self._run_card(session)),
         }
+
+    def _run_card(self, session: Session) -> str:
+        answers, model = session.answers(), self._worker.status().model
+        if not answers:
+            return ""
+        card = run_card(answers[-1], model, session.video, session.choices)
+        return run_card_section(card, export_url(session))
 
     def _buttons(self, running: bool) -> Changes:
         return {
@@ -224,14 +249,53 @@ class Handlers:
             return {self._page.stop: gr.skip()}
         return self._buttons(running=False)
 
-    def clear(self, request: gr.Request) -> Changes:
-        """Begin a new conversation about the same video."""
-        session = self.session(request)
-        session.stop()
-        session.turns = []
-        return {self._page.line: fragments.status_line(Line("idle")), **self._panels(None, session)}
+    async def use_tool(self, event: gr.EventData, request: gr.Request) -> AsyncIterator[Changes]:
+        """Retry, edit or undo the last question, or begin a new conversation."""
+        session, tool = self.session(request), clicked(event, "tool")
+        if not session.turns or (session.job is not None and not session.job.done):
+            return
+        last = session.turns[-1].question
+        if tool == "retry":
+            session.replacing = True
+            async for changes in self._turn(session, last, {}):
+                yield changes
+        elif tool in ("edit", "keep"):
+            session.replacing = tool == "edit"
+            yield {self._page.question: last if session.replacing else ""}
+            # Gradio sends the last changes twice; the box must not be among them, or what is
+            # typed in between would be lost.
+            note = Line("note", EDITING) if session.replacing else Line("idle")
+            yield {
+                self._page.line: fragments.status_line(note),
+                **self._conversation(session),
+            }
+        elif tool == "undo":
+            session.turns.pop()
+            session.replacing = False
+            yield self._idle(session)
+        elif tool == "new":
+            session.begin_anew()
+            yield self._idle(session)
 
     # The page's life.
+
+    async def restore(self, request: gr.Request) -> Changes:
+        """Take the sample and the settings that a link of ours asks for."""
+        status = self._worker.status()
+        model = status.model.name if status.model is not None else ""
+        wanted = links.restore(request.query_params, self._settings, self._samples, model)
+        if wanted is None:
+            return {self._page.notice: gr.skip()}
+        session = self.session(request)
+        session.choices = wanted.choices
+        changes: Changes = {}
+        if wanted.sample is not None:
+            try:
+                await self.take(session, wanted.sample)
+            except InputError as error:
+                return {self._page.notice: fragments.notice(str(error))}
+            changes = self._new_video(session)
+        return {**changes, self._page.notice: fragments.remark(links.told(wanted))}
 
     def model_ready(self, request: gr.Request) -> Changes:
         """Show what is known only of a loaded model."""

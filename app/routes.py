@@ -1,24 +1,33 @@
-"""Our own addresses beside Gradio's: the player's videos and the worker's state.
+"""Our own addresses beside Gradio's: the player's videos, exports and the worker's state.
 
 They ask for no login: a token cannot be guessed, and the state names nobody.
 """
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from app.sessions import Sessions
+from app.conversation import EXPORTS
+from app.health import report
+from app.sessions import Session, Sessions
 from app.sources import MEDIA_TYPES
 from app.worker import Worker
 
-MEDIA = "media"
+MEDIA, EXPORT = "media", "export"
 
 
 def media_url(token: str) -> str:
     """Address of a published file, relative to the page."""
     return f"{MEDIA}/{token}"
+
+
+def export_url(session: Session) -> str:
+    """Address under which a visitor's exports lie, relative to the page."""
+    return f"{EXPORT}/{session.export}"
 
 
 def routes(worker: Worker, sessions: Sessions) -> list[Route]:
@@ -36,15 +45,26 @@ def routes(worker: Worker, sessions: Sessions) -> list[Route]:
         )
 
     async def health(_: Request) -> JSONResponse:
-        status = worker.status()
-        model = status.model
-        told = {
-            "state": status.state,
-            "waiting": status.waiting,
-            "restarts": status.restarts,
-            "error": status.error,
-            "model": model and {"name": model.name, "device": model.device},
-        }
+        disk_bytes = await asyncio.to_thread(sessions.disk.used)
+        told = report(worker, sessions.count(), disk_bytes)
         return JSONResponse(told, headers={"Cache-Control": "no-store"})
 
-    return [Route(f"/{MEDIA}/{{token}}", media), Route("/health", health)]
+    async def export(request: Request) -> Response:
+        session = sessions.by_export(request.path_params["token"])
+        made = EXPORTS.get(request.path_params["name"])
+        if session is None or made is None:
+            return Response("This is no longer here.", status_code=404)
+        media_type, write = made
+        headers = {
+            "Content-Disposition": f'attachment; filename="{request.path_params["name"]}"',
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "no-store",
+        }
+        text = write(session, worker.status().model)
+        return Response(text, media_type=media_type, headers=headers)
+
+    return [
+        Route(f"/{MEDIA}/{{token}}", media),
+        Route(f"/{EXPORT}/{{token}}/{{name}}", export),
+        Route("/health", health),
+    ]

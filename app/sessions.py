@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from app.choices import Choices
+from app.disk import Disk
 from app.jobs import Job
 from app.logs import log
+from app.moments import Moment
 from app.settings import Settings
 from app.sources import Video
 from model.types import Answer
@@ -35,6 +38,7 @@ class Turn:
     outcome: Outcome = "running"
     problem: str = ""  # why it failed, one sentence
     result: Answer | None = field(default=None, compare=False)  # older ones without attention
+    seen: Moment | None = None  # where its words looked, when that is pronounced
 
 
 @dataclass
@@ -47,6 +51,10 @@ class Session:
     media: str = ""  # token under which the player gets the video
     turns: list[Turn] = field(default_factory=list)
     job: Job | None = None
+    replacing: bool = False  # the next question takes the place of the last one
+    remark: str = ""  # told beside the running turn's own progress
+    choices: Choices = Choices()
+    export: str = field(default_factory=lambda: secrets.token_urlsafe(18))  # guards the exports
     last_seen: float = field(default_factory=time.monotonic)
     left_at: float | None = None
 
@@ -59,6 +67,14 @@ class Session:
     def answers(self) -> list[Answer]:
         """What the model said in this conversation, oldest first."""
         return [turn.result for turn in self.turns if turn.result is not None]
+
+    def last_answer(self) -> Answer | None:
+        """What the panels show: the answer to the last question, with its attention."""
+        return self.turns[-1].result if self.turns else None
+
+    def begin_anew(self) -> None:
+        """Forget the conversation about the current video."""
+        self.turns, self.replacing, self.remark = [], False, ""
 
     def stop(self) -> bool:
         """Stop the running job, if there is one."""
@@ -81,6 +97,7 @@ class Sessions:
         if settings.data_dir is not None:
             Path(settings.data_dir).mkdir(parents=True, exist_ok=True)
         self.root = Path(tempfile.mkdtemp(prefix="crosslmm-", dir=settings.data_dir))
+        self.disk = Disk(self.root, settings.max_disk_bytes, settings.upload_age_seconds)
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="crosslmm-sessions", daemon=True).start()
 
@@ -96,13 +113,17 @@ class Sessions:
                 self._by_key[key] = session
                 log("session_started", session=name)
             session.last_seen, session.left_at = time.monotonic(), None
-            return session
+            crowd = len(self._by_key) - self._settings.max_visitors
+        if crowd > 0:
+            self._end_most_silent(lambda one: one is not session)
+        return session
 
     def set_video(self, session: Session, video: Video) -> None:
         """Make `video` the current one; the one before it and its conversation end."""
         session.stop()
         self._drop_video(session)
-        session.video, session.turns = video, []
+        session.video = video
+        session.begin_anew()
         session.media = self.publish(video.path)
 
     def publish(self, path: Path) -> str:
@@ -116,6 +137,12 @@ class Sessions:
         """Return the file behind a token."""
         with self._lock:
             return self._media.get(token)
+
+    def by_export(self, token: str) -> Session | None:
+        """Return the session whose exports lie under a token."""
+        with self._lock:
+            every = list(self._by_key.values())
+        return next((one for one in every if secrets.compare_digest(one.export, token)), None)
 
     def leave(self, key: str | None) -> None:
         """Note a closed page: its job stops now, the rest goes a little later (it may return)."""
@@ -139,6 +166,31 @@ class Sessions:
             expired = [key for key, one in self._by_key.items() if self._is_over(one, now)]
         for key in expired:
             self._end(key)
+
+    def count(self) -> int:
+        """How many visitors there are."""
+        with self._lock:
+            return len(self._by_key)
+
+    def make_room(self) -> None:
+        """Delete files nobody uses; then, while there are too many, those of silent visitors."""
+        self.disk.tidy()
+        while self.disk.over() > 0:
+            if not self._end_most_silent(lambda one: one.video and not one.video.shared):
+                return
+            self.disk.tidy()
+
+    def _end_most_silent(self, may_end: Callable[[Session], object]) -> bool:
+        with self._lock:
+            idle = [
+                (one.last_seen, key)
+                for key, one in self._by_key.items()
+                if may_end(one) and (one.job is None or one.job.done)
+            ]
+        if idle:
+            log("session_ended_early", visitors=self.count())
+            self._end(min(idle)[1])
+        return bool(idle)
 
     def _is_over(self, session: Session, now: float) -> bool:
         if session.job is not None and not session.job.done:
@@ -169,3 +221,4 @@ class Sessions:
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
             self.end_expired()
+            self.make_room()

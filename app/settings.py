@@ -159,6 +159,15 @@ class Settings:
     max_video_seconds: float = option(
         4 * 3600.0, "limits", float, "longest video that is taken", "S", shared=3600.0
     )
+    max_request_bytes: int = option(
+        10**6, "limits", parse_bytes, "largest request that is no upload", "SIZE"
+    )
+    max_disk_bytes: int = option(
+        20 * 10**9, "limits", parse_bytes, "most that all visitors' videos may take", "SIZE"
+    )
+    upload_age_seconds: float = option(
+        3600.0, "limits", float, "uploads that nobody uses are deleted after this time", "S"
+    )
     max_video_pixels: int = option(
         8192 * 4320, "limits", int, "largest frame of a video, in pixels", "N"
     )
@@ -196,6 +205,9 @@ class Settings:
     )
     queue_size: int = option(
         20, "limits", int, "questions that may wait before 'busy'", "N", shared=8
+    )
+    max_visitors: int = option(
+        1000, "limits", int, "visitors at a time; beyond, the most silent one is forgotten", "N"
     )
     session_idle_seconds: float = option(
         2 * 3600.0,

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from app import fragments
 from app.api import add_endpoints
 from app.chat import Line
 from app.fetch import MAX_URL_CHARS
+from app.gate import Gate
 from app.handlers import Components, Handlers
 from app.panels.attention import attention_panel
 from app.panels.savings import savings_panel
@@ -20,6 +22,7 @@ from app.routes import media_url, routes
 from app.sessions import Sessions
 from app.settings import Settings
 from app.sources import Sample
+from app.upload import only_uploads
 from app.worker import Worker
 
 STATIC = Path(__file__).parent / "static"
@@ -56,12 +59,18 @@ def build(
             with gr.Column(elem_id="talk", min_width=300):
                 with gr.Row(elem_id="sources"):
                     cards = _sample_cards(sessions, samples)
-                    upload = gr.File(label="Upload a video", elem_id="upload", height=96)
+                    upload = only_uploads(
+                        gr.File(label="Upload a video", elem_id="upload", height=96)
+                    )
                 url, fetch, cancel = _web_address()
                 notice = _html("", elem_id="notice")
                 player = _html(fragments.player(None, ""), elem_id="player")
                 chat = _chatbot()
-                line = _html(fragments.status_line(Line("idle")), elem_id="line")
+                with gr.Row(elem_id="turn"):
+                    line = _html(fragments.status_line(Line("idle")), elem_id="line")
+                    tools = _html(
+                        fragments.tools(()), elem_id="tools", js_on_load=_SEND % {"name": "tool"}
+                    )
                 chips = _html(
                     fragments.chips(()), elem_id="chips", js_on_load=_SEND % {"name": "question"}
                 )
@@ -71,8 +80,8 @@ def build(
                 attention = _html(attention_panel(None, 0.0, None), elem_id="attention")
                 savings = _html(savings_panel(()), elem_id="savings")
         page = Components(
-            upload, url, fetch, cancel, notice, player, chat, line, chips, question, ask, stop,
-            note, attention, savings,
+            upload, url, fetch, cancel, notice, player, chat, line, tools, chips,
+            question, ask, stop, note, attention, savings,
         )  # fmt: skip
         handlers = Handlers(settings, worker, sessions, samples, page)
         _wire(demo, handlers, page, cards, status)
@@ -169,13 +178,11 @@ def _wire(
             **more,
         )
 
-    video = [
-        page.upload, page.notice, page.player, page.chat, page.line, page.chips,
+    turn = [
+        page.question, page.chat, page.line, page.tools, page.ask, page.stop,
         page.attention, page.savings,
     ]  # fmt: skip
-    turn = [
-        page.question, page.chat, page.line, page.ask, page.stop, page.attention, page.savings,
-    ]  # fmt: skip
+    video = [page.upload, page.notice, page.player, page.chips, *turn]
     web = [page.url, page.fetch, page.cancel]
     on(page.upload.upload, handlers.upload, page.upload, video)
     on(
@@ -189,8 +196,9 @@ def _wire(
     on(send, handlers.ask, page.question, turn)
     on(page.chips.click, handlers.ask_chip, None, turn, trigger_mode="multiple")
     on(page.stop.click, handlers.stop, None, [page.ask, page.stop], queue=False)
-    on(page.chat.clear, handlers.clear, None, [page.line, page.attention, page.savings])
+    on(page.tools.click, handlers.use_tool, None, turn, trigger_mode="multiple")
     on(status.ready, handlers.model_ready, None, [page.note, page.chips])
+    on(demo.load, handlers.restore, None, video)
     demo.unload(handlers.leave)
 
 
@@ -239,7 +247,9 @@ def theme() -> gr.themes.Base:
 
 def launch_options(settings: Settings, worker: Worker, sessions: Sessions) -> dict[str, Any]:
     """Arguments for `Blocks.launch`."""
-    script = (STATIC / "page.js").read_text(encoding="utf-8")
+    script = "\n".join(
+        (STATIC / name).read_text(encoding="utf-8") for name in ("page.js", "saved.js")
+    )
     return {
         "server_name": settings.host,
         "server_port": settings.port,
@@ -254,7 +264,10 @@ def launch_options(settings: Settings, worker: Worker, sessions: Sessions) -> di
         "footer_links": ["api"],
         "run_history": False,
         "enable_monitoring": False,
-        "app_kwargs": {"routes": routes(worker, sessions)},
+        "app_kwargs": {
+            "routes": routes(worker, sessions),
+            "middleware": [Middleware(Gate, settings=settings, disk=sessions.disk)],
+        },
         "prevent_thread_lock": True,
         "quiet": True,
     }

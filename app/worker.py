@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from app.jobs import Cancelled, Job, Queued
@@ -31,13 +31,15 @@ from app.worker_child import (
     LoadFailed,
     Ready,
 )
-from model.types import AskRequest, Failure, ModelInfo, Piece, Progress
+from model.types import Answer, AskRequest, Failure, ModelInfo, Piece, Progress
 
 State = Literal["loading", "ready", "busy", "restarting", "failed", "closed"]
 
 LOST = "The model's process ended unexpectedly and is being restarted. Please ask again."
 HUNG = "The model's process did not respond any more and is being restarted. Please ask again."
 CLOSING = "The app is shutting down."
+READ_TOO_LONG = "Reading the video took longer than {:.0f} s and was stopped; use a shorter video."
+ANSWER_TOO_LONG = "The answer took longer than {:.0f} s and was ended."
 
 _RETRY_SECONDS = 0.5  # doubled for every further try
 
@@ -72,7 +74,10 @@ class Worker:
         self._running: Job | None = None
         self._running_since = 0.0
         self._running_pieces = 0
+        self._reading = True  # until it answers
         self._stop_deadline: float | None = None
+        self._stage_deadline: float | None = None
+        self._too_long = ""  # what the visitor is told of a deadline that passed
         self._deaths_in_a_row = 0
         self._forget: list[str] = []
         self._closing = False
@@ -136,8 +141,12 @@ class Worker:
     def _patience(self) -> float:
         """Seconds until a deadline could be due."""
         due = [self._settings.heartbeat_timeout_seconds / 4]
-        due += [at - time.monotonic() for at in (self._stop_deadline, self._start_at) if at]
+        due += [at - time.monotonic() for at in self._due() if at is not None]
         return max(0.0, min(due))
+
+    def _due(self) -> tuple[float | None, ...]:
+        stage = self._stage_deadline if self._stop_deadline is None else None
+        return self._start_at, self._stop_deadline, stage
 
     def _check_deadlines(self) -> None:
         now, child = time.monotonic(), self._child
@@ -145,7 +154,10 @@ class Worker:
             if self._start_at is not None and now >= self._start_at:
                 self._start()
         elif self._stop_deadline is not None and now >= self._stop_deadline:
-            self._replace("not idle after stop", Cancelled())
+            late = self._too_long
+            self._replace("not idle after stop", Failure(late, False) if late else Cancelled())
+        elif self._stop_deadline is None and (self._stage_deadline or now + 1) <= now:
+            self._end_stage()
         elif not child.ready and now - child.started > self._settings.load_timeout_seconds:
             self._fail(
                 f"The model was not loaded within {self._settings.load_timeout_seconds:.0f} s. "
@@ -153,6 +165,15 @@ class Worker:
             )
         elif child.ready and now - child.last_beat > self._settings.heartbeat_timeout_seconds:
             self._replace("no heartbeat", Failure(HUNG, user=False))
+
+    def _end_stage(self) -> None:
+        """Stop a job whose stage took too long; the child is replaced if it does not obey."""
+        job, reading = self._running, self._reading
+        assert job is not None
+        most = self._settings.read_seconds if reading else self._settings.answer_seconds
+        self._too_long = (READ_TOO_LONG if reading else ANSWER_TOO_LONG).format(most)
+        log("job_too_long", job=job.id, stage="reading" if reading else "answering")
+        self._cancel(job)
 
     def _start(self) -> None:
         self._start_at = None
@@ -202,11 +223,19 @@ class Worker:
     def _pass_on(self, job: Job, event: Any) -> None:
         if isinstance(event, Piece):
             self._running_pieces += 1
+        if isinstance(event, Progress) and event.stage == "answering" and self._reading:
+            self._reading = False
+            self._stage_deadline = time.monotonic() + self._settings.answer_seconds
+        if self._too_long and isinstance(event, Cancelled):
+            event = Failure(self._too_long, user=False)
+        elif self._too_long and isinstance(event, Answer):
+            event = replace(event, notices=(*event.notices, self._too_long))
         job.put(event)
 
     def _finish(self, otherwise: Failure | Cancelled) -> None:
         """End the running job; `otherwise` is its last event unless it has had one."""
-        job, self._running, self._stop_deadline = self._running, None, None
+        job, self._running = self._running, None
+        self._stop_deadline, self._stage_deadline, self._too_long = None, None, ""
         if job is None:
             return
         ended = "event" if job.done else type(otherwise).__name__.lower()
@@ -265,7 +294,8 @@ class Worker:
             if job is None:
                 return
             self._running, self._running_since = job, time.monotonic()
-            self._running_pieces = 0
+            self._running_pieces, self._reading = 0, True
+            self._stage_deadline = self._running_since + self._settings.read_seconds
             child.send(AskMessage(job.number, job.request))
         except OSError:  # it died between two messages
             self._replace("died", Failure(LOST, user=False))
@@ -314,7 +344,7 @@ class Worker:
             if busy:
                 child.kill()
             else:
-                child.close(patience=2.0)
+                child.close(patience=0.5)  # it has nothing to put away
         self._finish(Failure(CLOSING, user=False))
         self._empty_queue(CLOSING)
         log("worker_closed")

@@ -12,6 +12,7 @@ import ctypes
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -23,8 +24,10 @@ from typing import Any
 from app.jobs import Cancelled
 from app.logs import log, setup
 from app.settings import Settings
-from model.types import AskRequest, Failure, InputError, ModelInfo, Stopped
+from model.types import AskRequest, Failure, InputError, ModelFault, ModelInfo, Stopped
 
+BROKEN = "The model's process failed and is being restarted. Please ask again."
+_BROKEN_CODE = 70
 _KILL_SECONDS = 10.0  # a process held up in a driver may stay longer; nobody waits for it
 
 
@@ -209,14 +212,28 @@ def _answer(
         last = Failure(str(error), user=True)
     except MemoryError:
         last = Failure("There is not enough memory for this video. Use fewer frames.", user=False)
+    except ModelFault as error:
+        last = Failure(str(error), user=False)
     except BrokenPipeError:
         os._exit(0)  # the page process is gone
     except Exception as error:  # a bug costs one question, not the worker
-        log("ask_failed", error=type(error).__name__, where=_where(error))
+        fatal = _is_fatal(error)
+        log("ask_failed", error=type(error).__name__, where=_where(error), fatal=fatal)
+        if fatal:
+            send(JobEventMessage(message.number, Failure(BROKEN, user=False)))
+            os._exit(_BROKEN_CODE)
         last = Failure(
             "The model failed on this question. It is ready for the next one.", user=False
         )
     send(JobEventMessage(message.number, last))
+
+
+def _is_fatal(error: Exception) -> bool:
+    """Whether the accelerator is lost to this process: no later kernel would run."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if "OutOfMemoryError" in names:
+        return False
+    return "AcceleratorError" in names or bool(re.search(r"\b(CUDA|HIP|XPU) error", str(error)))
 
 
 def _where(error: BaseException) -> str:

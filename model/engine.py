@@ -33,6 +33,7 @@ from model.loading import Loaded, load
 from model.map_capture import MapCapture
 from model.savings import count_savings
 from model.types import (
+    MOST_FRAMES,
     Answer,
     AskRequest,
     AttentionSummary,
@@ -60,7 +61,6 @@ CHUNKS_AHEAD = 2  # decoded chunks that may wait for the model
 THUMBNAIL_SIDE = 320  # pixels, longer side of the pictures kept for the page
 MANY_FRAMES, SMALL_SIDE = 512, 192  # above so many frames, pictures are smaller
 FEATURES_SHARE = 8  # encoder features are kept for what-ifs up to this part of the budget
-MOST_FRAMES = 4096  # of one video, whatever is asked for
 
 _NO_MEMORY = (
     "There is not enough memory for this video, not even with fewer frames; "

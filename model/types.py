@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+MOST_FRAMES = 4096  # of one video, whatever is asked for
+
 Stage = Literal["loading", "reading", "encoding", "answering"]
 MapKind = Literal["t2v", "v2v", "self"]  # text to visual, visual to visual, the LLM's own
 

@@ -1,6 +1,7 @@
 """An engine without weights: same interface and events as the real one, deterministic and quick.
 
-Words in the question make it misbehave: `slow`, `crash`, `hang`, `freeze`, `broken`, `wrong`.
+Words in the question make it misbehave: `slow`, `crash`, `hang`, `freeze`, `broken`, `wrong`,
+`illegal`, `faulty`. With `focused` its words all look at the same moment, 0:05.
 With `gated` it halts in every stage until the test opens that gate, so that nothing hangs on time:
 a gate is a file of that name in the folder FAKE_GATES.
 It never stands in for the model outside of tests.
@@ -26,6 +27,7 @@ from model.types import (
     Event,
     FrameView,
     InputError,
+    ModelFault,
     ModelInfo,
     Piece,
     Progress,
@@ -96,6 +98,10 @@ class FakeEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         if "freeze" in words:
             os.kill(os.getpid(), signal.SIGSTOP)
+        if "illegal" in words:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if "faulty" in words:
+            raise ModelFault("The model's numbers broke down.")
         if "wrong" in words:
             raise InputError("This question cannot be asked.")
         if not reused:
@@ -159,7 +165,7 @@ def _answer(
         tokens=TokenCounts(frames * GRID * GRID, frames, 20, len(tokens)),
         timings=Timings(*spent, first, total),
         frame_times=times,
-        attention=_attention(times, tokens, info, request.strongest_frames) if tokens else None,
+        attention=_attention(times, tokens, info, request) if tokens else None,
         savings=_savings(frames, 20),
         memory_reused=reused,
         video=info,
@@ -194,10 +200,13 @@ def _savings(frames: int, text: int) -> Savings:
 
 
 def _attention(
-    times: np.ndarray, tokens: tuple[str, ...], info: VideoInfo, strongest: int
+    times: np.ndarray, tokens: tuple[str, ...], info: VideoInfo, request: AskRequest
 ) -> AttentionSummary:
+    strongest = request.strongest_frames
     near = np.abs(times[None, :] / max(info.duration, 1e-6) - np.array([0.3, 0.32, 0.7])[:, None])
     mass = np.exp(-((near * np.array([[6], [18], [40]])) ** 2)) + 0.02
+    if "focused" in request.question:
+        mass = np.repeat(np.exp(-((times - 5.25) ** 2))[None], len(LAYERS), 0)
     mass = (mass / mass.sum(1, keepdims=True)).astype(np.float32)
     t2v = np.repeat(mass[None], len(tokens), 0)
     mean = mass.mean(0)

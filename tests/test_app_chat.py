@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.chat import Update, run_turn
+from app.chat import BUSY, Pace, Update, run_turn, time_left
 from app.jobs import Cancelled, Job, JobEvent, Queued
 from app.sessions import Session, Turn
 from app.settings import Settings
@@ -62,8 +62,10 @@ def test_a_turn_ends_with_its_answer(session: Session) -> None:
     assert updates[-1].finished
     assert updates[-1].answer is ANSWER
     assert updates[-1].line.kind == "done"
-    assert "First word after" in updates[-1].line.text
-    assert session.turns == [Turn("What?", ANSWER.text, "answered")]
+    assert "Answered in" in updates[-1].line.text
+    (got,) = session.turns
+    assert (got.question, got.answer, got.outcome) == ("What?", ANSWER.text, "answered")
+    assert session.last_answer() is ANSWER
 
 
 def test_the_request_holds_the_video_and_what_was_answered_before(session: Session) -> None:
@@ -102,6 +104,47 @@ def test_one_turn_at_a_time(session: Session) -> None:
     session.job = Job(AskRequest("/v", "?"), 1, lambda job: None)
     (update,) = turn(session, Script())
     assert "still on its way" in update.line.text
+
+
+def test_what_was_told_in_between_stays_until_the_answer(session: Session) -> None:
+    async def ask_in_between() -> list[Update]:
+        got = []
+        async for update in run_turn(session, "What?", Script(*EVENTS), SETTINGS):
+            got.append(update)
+            if len(got) == 1:  # the first turn goes on writing lines after this
+                session.job = Job(AskRequest("/v", "?"), 1, lambda job: None)
+                async for other in run_turn(session, "And?", Script(), SETTINGS):
+                    assert not other.accepted
+        return got
+
+    updates = asyncio.run(ask_in_between())
+    said = [BUSY in update.line.text for update in updates]
+    assert said == [False, *[True] * (len(updates) - 2), False]
+
+
+def test_a_question_replaces_the_last_one(session: Session) -> None:
+    session.turns = [Turn("1", "a", "answered"), Turn("2", "b", "answered")]
+    session.replacing = True
+    worker = Script(*EVENTS)
+    turn(session, worker, "Third?")
+    assert [one.question for one in session.turns] == ["1", "Third?"]
+    assert worker.requests[0].history == (("1", "a"),)
+    assert not session.replacing
+
+
+def test_the_end_of_a_stage_is_foretold_from_its_pace() -> None:
+    pace = Pace()
+    assert pace.left(Progress("encoding", 10, 100), now=50.0) is None
+    assert pace.left(Progress("encoding", 11, 100), now=50.5) is None  # too early to tell
+    assert pace.left(Progress("encoding", 30, 100), now=54.0) == pytest.approx(14.0)
+    assert pace.left(Progress("answering", 0, 0), now=55.0) is None
+    assert [time_left(s) for s in (0.2, 8.4, 43, 89.9, 200)] == [
+        "about 1 s left",
+        "about 8 s left",
+        "about 45 s left",
+        "about 90 s left",
+        "about 3 min left",
+    ]
 
 
 def test_a_failure_keeps_the_text_so_far(session: Session) -> None:

@@ -96,6 +96,7 @@ def test_forget_drops_what_is_kept(worker: Worker) -> None:
 
 
 def test_waiting_jobs_know_how_many_come_first(worker: Worker) -> None:
+    state(worker, "ready")
     first, *others = [ask(worker, "slow"), *(ask(worker, f"number {n}") for n in range(3))]
     places = [next(until(job, Queued)).before for job in others]
     assert places == [1, 2, 3]

@@ -39,6 +39,12 @@
     }
   });
 
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || event.defaultPrevented) return;
+    const stop = document.querySelector("#stop, #cancel, [data-tool=keep]");
+    if (stop) stop.click();
+  });
+
   document.addEventListener("pointermove", (event) => {
     const plot = event.target.closest && event.target.closest(".plot");
     if (!plot) return;

@@ -70,6 +70,10 @@ class ChatPage:
         expect(self.ask_button).to_be_visible()
         return self.answers.nth(count - 1)
 
+    def use(self, tool: str) -> None:
+        """Press one of the buttons beside the line: Retry, Edit, Undo, New conversation."""
+        self.page.get_by_role("button", name=tool, exact=True).click()
+
     def at_stage(self, stage: str) -> None:
         expect(self.page.locator(f'.line-working[data-stage="{stage}"]')).to_be_visible()
 

@@ -237,14 +237,72 @@ def test_a_visitor_who_leaves_frees_the_worker(
     assert fake_app.health()["waiting"] == 0
 
 
-def test_clearing_the_conversation_begins_anew(
+def test_retry_edit_and_undo(
+    visit: Visit, fake_app: App, videos: dict[str, Path], gates: Gates
+) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    chat.ask("One?")
+    chat.answered(1)
+    chat.ask("Two gated *stars*?")
+    chat.at_stage("answering")
+    chat.page.keyboard.press("Escape")
+    expect(chat.answered(2)).to_contain_text("(stopped)")
+    for gate in GATES:
+        gates(gate)
+    chat.use("Retry")
+    expect(chat.answers.nth(1)).to_contain_text("after 1 turns")
+    expect(chat.answered(2)).not_to_contain_text("(stopped)")
+    chat.use("Edit")
+    expect(chat.question).to_have_value("Two gated *stars*?")
+    expect(chat.answers).to_have_count(2)  # kept until the new one is sent
+    chat.ask("Three?")
+    expect(chat.questions.nth(1)).to_have_text("Three?")
+    expect(chat.answered(2)).to_contain_text("after 1 turns")
+    chat.use("Edit")
+    expect(chat.question).to_have_value("Three?")
+    chat.question.press("Escape")
+    expect(chat.question).to_have_value("")
+    chat.ask("Four?")
+    expect(chat.answered(3)).to_contain_text("after 2 turns")
+    chat.use("Undo")
+    expect(chat.answers).to_have_count(2)
+    expect(chat.frames).to_have_count(0)
+
+
+def test_escape_stops(visit: Visit, fake_app: App, videos: dict[str, Path], gates: Gates) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    chat.ask("gated")
+    chat.at_stage("reading")
+    expect(chat.stop_button).to_be_visible()
+    chat.page.keyboard.press("Escape")
+    expect(chat.line).to_have_text("Stopped.")
+
+
+def test_an_answer_tells_where_and_when(
+    visit: Visit, fake_app: App, videos: dict[str, Path]
+) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    chat.ask("What is focused?")
+    expect(chat.answered(1)).to_contain_text("Seen at 0:05, clearly")
+    expect(chat.answers.first).to_contain_text("first word after")
+    chat.answers.first.get_by_role("link", name="0:05").click()
+    chat.page.wait_for_function("document.querySelector('.player video').currentTime > 5")
+    chat.ask("What is it?")
+    expect(chat.answered(2)).to_contain_text("First word after")
+    expect(chat.answers.nth(1)).not_to_contain_text("een at")  # too flat to say
+
+
+def test_a_new_conversation_begins_anew(
     visit: Visit, fake_app: App, videos: dict[str, Path]
 ) -> None:
     chat = visit(fake_app)
     chat.add(videos["h264"])
     chat.ask("One?")
     chat.answered(1)
-    chat.page.get_by_role("button", name="Clear").click()
+    chat.use("New conversation")
     expect(chat.answers).to_have_count(0)
     expect(chat.frames).to_have_count(0)
     chat.ask("Two?")

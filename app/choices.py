@@ -1,0 +1,40 @@
+"""What a visitor chose for their turns, within what the app allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from app.settings import Settings
+from model.types import MOST_FRAMES
+
+
+@dataclass(frozen=True)
+class Choices:
+    """None: the app's own setting, and where that is None, the model's."""
+
+    max_frames: int | None = None
+    max_new_tokens: int | None = None
+
+
+_LABELS = {"max_frames": "The number of frames", "max_new_tokens": "The length of answers"}
+
+
+def within(choices: Choices, settings: Settings) -> tuple[Choices, tuple[str, ...]]:
+    """Clamp every number to what is possible here, with a sentence for each that was changed."""
+    most = {
+        "max_frames": settings.max_frames or MOST_FRAMES,
+        "max_new_tokens": settings.max_new_tokens or MOST_NEW_TOKENS,
+    }
+    notices = []
+    for name, limit in most.items():
+        asked = getattr(choices, name)
+        if asked is None:
+            continue
+        given = min(max(asked, 1), limit)
+        if given != asked:
+            choices = replace(choices, **{name: given})
+            notices.append(f"{_LABELS[name]} became {given}; 1 to {limit} can be chosen here.")
+    return choices, tuple(notices)
+
+
+MOST_NEW_TOKENS = 2048  # of one answer, where the app sets no limit of its own

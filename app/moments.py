@@ -1,0 +1,81 @@
+"""Which moments an answer comes from, as far as its attention tells.
+
+The measure is the share of the text-to-visual attention (mean over words, layers and heads) on a
+frame and its neighbours. On 13 made-up videos with known answers (48 and 128 frames, bundled
+model) the strongest frame lay where the answer is seen, or one frame off, for 73 % of the answers
+with a share of a third or more, for 81 % from 0.45 on, and for 40 % of those below a third (127
+questions). Of 52 questions about what is not to be seen at all, 8 % reached a third. Neither the
+ratio to evenly spread attention nor the entropy told right from wrong moments as well. So a third
+is the least that is shown at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.types import AttentionSummary
+
+LIKELY, CLEAR = 0.33, 0.45  # least share of the attention
+_TIMES_EVEN = 2.0  # and this many times what evenly spread attention would have there
+_MARK_TIMES_EVEN = 3.0  # least height of a moment that is marked on the timeline
+_MARK_SHARE = 0.08
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of the video and how much of the attention is there."""
+
+    time: float  # seconds
+    share: float  # of the attention, on this frame and its neighbours, 0..1
+
+    @property
+    def clear(self) -> bool:
+        """Whether the answer can be said to come from there; else it only seems so."""
+        return self.share >= CLEAR
+
+
+def mass_over_time(
+    attention: AttentionSummary, tokens: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """Share of the attention on each frame, (T,), of some of the answer's tokens or of all."""
+    chosen = attention.t2v if not tokens else attention.t2v[list(tokens)]
+    return chosen.mean(axis=(0, 1))
+
+
+def _around(mass: np.ndarray) -> tuple[np.ndarray, int]:
+    """Share of each frame with its neighbours, and how many there are on either side."""
+    reach = max(1, round(len(mass) / 100))
+    total = np.concatenate([[0.0], np.cumsum(mass)])
+    at = np.arange(len(mass))
+    first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(mass))
+    return total[last] - total[first], reach
+
+
+def seen_at(attention: AttentionSummary | None) -> Moment | None:
+    """Where an answer comes from; None when its attention is too flat to say."""
+    if attention is None or not len(attention.times):
+        return None
+    mass = mass_over_time(attention)
+    around, reach = _around(mass)
+    peak = int(mass.argmax())
+    share = float(around[peak])
+    even = min(1.0, (2 * reach + 1) / len(mass))
+    if share < LIKELY or share < _TIMES_EVEN * even:
+        return None
+    return Moment(float(attention.times[peak]), share)
+
+
+def strongest(times: np.ndarray, mass: np.ndarray, most: int = 3) -> list[Moment]:
+    """The moments that stand out, strongest first; none of a flat attention."""
+    around, reach = _around(mass)
+    least = max(_MARK_SHARE, _MARK_TIMES_EVEN * (2 * reach + 1) / len(mass))
+    found: list[int] = []
+    for frame in np.argsort(-mass, kind="stable"):
+        apart = all(abs(int(frame) - other) > 2 * reach for other in found)
+        if apart and around[frame] >= least:
+            found.append(int(frame))
+        if len(found) == most:
+            break
+    return [Moment(float(times[frame]), float(around[frame])) for frame in found]
