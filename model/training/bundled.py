@@ -31,26 +31,23 @@ from model.configuration_crosslmm import CrossLMMConfig
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.processing_crosslmm import CrossLMMProcessor
 from model.training.cpu_attention import register_explicit_attention
+from model.training.curriculum import LEVELS, Curriculum
+from model.training.evidence_guide import EvidenceGuide
 from model.training.library import SceneLibrary, Video, encode_library, render_library
 from model.training.packing import IGNORE, Packed, PromptIds, pack
 from model.training.tokenizer import train_tokenizer
 from model.training.world_questions import KINDS, QA, all_texts, questions
 
-LEVELS = (5, 8, 12, 18, 26, 36, 48)  # frames per video; a kind climbs when it is answered well
-PROMOTE = 0.85  # exact-match accuracy at its highest level that lets a kind climb, at first
-# From a share of the training time on, every kind is also asked at this level: long videos must
-# not stay unseen because a kind is hard.
-AT_LEAST = ((0.65, 3), (0.8, 5))
-FIRST_KINDS = ("number", "word", "colour", "when", "where", "exists", "absent", "outside")
+TRAINED_KINDS = (
+    "number", "word", "colour", "when", "before", "after", "count", "where", "exists", "absent",
+    "outside",
+)  # fmt: skip
 FRAMES_PER_STEP = 80
-QUESTIONS_PER_VIDEO = 6
-# How often a kind is asked, where not 1: these can be asked of every video and would crowd out
-# the others.
-# Numbers need the most examples (a digit must be bound to its place), and a video has few signs.
-SHARE = {"outside": 0.08, "absent": 0.25, "exists": 0.5, "number": 4.0, "word": 1.5}
+QUESTIONS_PER_VIDEO = 7
 TRIES = 8  # videos drawn to find one that allows a kind of question
-MOST_VIDEOS = 10  # of short ones: text then costs more than frames
+MOST_VIDEOS = 14  # of short ones: text then costs more than frames
 WHOLE_FROM = 0.8  # of the training time: from here on every patch is in the memory
+VARIED_FROM = 12  # frames at which "when" is good: then videos start late and are sampled thinly
 INTERVALS = (1, 1, 1, 2, 3, 5, 7)  # seconds between sampled frames, once "when" works
 HELD_OUT_SCENES = 400  # the library's last scenes are never trained on
 
@@ -117,131 +114,6 @@ def initialise(crosslmm: CrossLMMForConditionalGeneration, features: torch.Tenso
                 branch.v_proj.weight.normal_(std=1 / width**0.5)
 
 
-class Curriculum:
-    """Which kind of question is asked on videos of which length."""
-
-    def __init__(self, kinds: tuple[str, ...]) -> None:
-        self.level = dict.fromkeys(kinds, 0)
-        self.accuracy: dict[tuple[str, int], float] = defaultdict(float)
-        self.count: dict[tuple[str, int], int] = defaultdict(int)
-
-    def sample_level(self, rng: random.Random) -> int:
-        """The length for a batch: one that a kind in need of practice has reached."""
-        kinds = list(self.level)
-        (kind,) = rng.choices(kinds, [self.weight(k) for k in kinds])
-        highest = self.level[kind]
-        return highest if rng.random() < 0.6 else rng.randint(0, highest)
-
-    def kinds_at(self, level: int) -> list[str]:
-        """Kinds that may be asked on videos of this length."""
-        return [kind for kind, reached in self.level.items() if reached >= level]
-
-    def weight(self, kind: str) -> float:
-        """Kinds that are answered badly are asked more often."""
-        return SHARE.get(kind, 1.0) * (1.15 - self.accuracy[kind, self.level[kind]])
-
-    def record(self, kind: str, level: int, right: bool, done: float) -> None:
-        """Note one answer, and promote the kind when it is good enough at its top level.
-
-        `done` is the share of the training time that is used up; the bar sinks in its second half.
-        """
-        key = (kind, level)
-        self.count[key] += 1
-        rate = max(1 / self.count[key], 0.01)
-        self.accuracy[key] += rate * (right - self.accuracy[key])
-        bar = PROMOTE - 0.35 * max(0.0, done - 0.5)
-        good = self.accuracy[key] > bar and self.count[key] >= 150
-        if good and level == self.level[kind] < len(LEVELS) - 1:
-            self.level[kind] += 1
-        for since, least in AT_LEAST:
-            if done >= since:
-                self.level[kind] = max(self.level[kind], least)
-
-    def state(self) -> dict:
-        """Everything, as plain data."""
-        return {
-            "level": self.level,
-            "accuracy": list(self.accuracy.items()),
-            "count": list(self.count.items()),
-        }
-
-    def restore(self, state: dict) -> None:
-        """Undo `state`; kinds that are new keep level 0."""
-        self.level.update({k: v for k, v in state["level"].items() if k in self.level})
-        self.accuracy.update(dict(state["accuracy"]))
-        self.count.update(dict(state["count"]))
-
-
-class EvidenceGuide:
-    """Share of T2V attention on the evidence, read from the projections by hooks."""
-
-    def __init__(self, crosslmm: CrossLMMForConditionalGeneration) -> None:
-        self.grid = crosslmm.config.original_grid
-        self.layers = crosslmm.config.dcal_layers[1:]  # the first sees the question's noun too late
-        self.seen: dict[tuple[int, str], torch.Tensor] = {}
-        self.branches = {}
-        for i in self.layers:
-            branch = crosslmm.model.language_model.layers[i].dual_cross_attention.t2v
-            if branch is None:
-                continue
-            self.branches[i] = branch
-            for name in ("q_proj", "k_proj"):
-                getattr(branch, name).register_forward_hook(self._keep(i, name))
-
-    def _keep(self, layer: int, name: str):  # noqa: ANN202 (a torch hook)
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            self.seen[layer, name] = output
-
-        return hook
-
-    def patches(self, qa: QA, video: Video) -> torch.Tensor:
-        """Patches that hold the evidence, (T * N,) bool."""
-        centres = (torch.arange(self.grid) + 0.5) / self.grid
-        mask = torch.zeros(len(video.times), self.grid, self.grid, dtype=torch.bool)
-        for evidence in qa.evidence:
-            times = torch.as_tensor(video.times)
-            shown = (times >= evidence.start - 1e-6) & (times < evidence.end)
-            left, top, right, bottom = evidence.box or (0, 0, 1, 1)
-            box = ((centres >= top) & (centres <= bottom))[:, None] & (
-                (centres >= left) & (centres <= right)
-            )
-            mask[shown] |= box
-        return mask.flatten()
-
-    def loss(
-        self, packed: Packed, videos: list[Video], kept: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Mean of -log(share of attention on the evidence) over answer tokens that have any.
-
-        `kept` (B, T, n): the patches in the memory, where not all are.
-        """
-        terms = []
-        for row, (spans, video) in enumerate(zip(packed.spans, videos, strict=True)):
-            columns, masks = [], []
-            for qa, start, end in spans:
-                evidence = self.patches(qa, video)
-                if kept is not None:
-                    evidence = evidence.unflatten(0, (len(video.times), -1))
-                    evidence = evidence.gather(1, kept[row]).flatten()
-                if qa.evidence and evidence.any():
-                    # The column before a token predicts it; the end token looks at nothing.
-                    columns += [c - packed.text_start for c in range(start - 1, end - 2)]
-                    masks += [evidence] * (end - 1 - start)
-            if not columns:
-                continue
-            target = torch.stack(masks)
-            for layer, branch in self.branches.items():
-                query = self.seen[layer, "q_proj"][row, columns].unflatten(
-                    -1, (-1, branch.head_dim)
-                )
-                key = self.seen[layer, "k_proj"][row].unflatten(-1, (-1, branch.head_dim))
-                query = query.unflatten(1, (key.shape[1], -1))  # (Lq, Hkv, G, d)
-                scores = torch.einsum("lhgd,mhd->lhgm", query, key).float() * branch.scaling
-                share = (scores.softmax(-1) * target[:, None, None]).sum(-1).mean((1, 2))
-                terms.append(-(share + 1e-4).log())
-        return torch.cat(terms).mean() if terms else torch.zeros(())
-
-
 class Trainer:
     """The third part of the recipe."""
 
@@ -296,6 +168,8 @@ class Trainer:
         self.checkpoint = args.out / "checkpoint.pt"
         if self.checkpoint.exists():
             self._resume()
+        elif args.start is not None:
+            self._start_from(args.start)
 
     def _embed_some(
         self, features: torch.Tensor, times: torch.Tensor, grid: int | None = None
@@ -327,6 +201,14 @@ class Trainer:
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.rng.seed(f"{self.args.seed} {self.step}")
 
+    def _start_from(self, path: Path) -> None:
+        """Take the weights of an earlier run, except the encoder, which may be a newer one."""
+        weights = torch.load(path, weights_only=False)["model"]
+        kept = {k: v for k, v in weights.items() if not k.startswith("model.vision_tower.")}
+        missing = self.crosslmm.load_state_dict(kept, strict=False)
+        if missing.unexpected_keys or any("vision_tower" not in k for k in missing.missing_keys):
+            raise SystemExit(f"{path} is of another model: {missing}")
+
     def save(self) -> None:
         """Write the model with its processor, and the state to go on from."""
         state = {
@@ -350,7 +232,7 @@ class Trainer:
         frames = LEVELS[level]
         videos, asked = [], []
         while len(videos) < min(MOST_VIDEOS, max(1, FRAMES_PER_STEP // frames)):
-            varied = self.curriculum.level.get("when", 0) >= 2
+            varied = LEVELS[self.curriculum.level.get("when", 0)] >= VARIED_FROM
             interval = rng.choice(INTERVALS) if varied else 1
             start = rng.choice((0, rng.uniform(0, 2400))) if varied else 0
             # Each video is made for one kind, or signs would be in too few of them.
@@ -466,7 +348,7 @@ class Trainer:
                 )
                 clock = time.time()
         self.save()
-        for level in (2, 4, 6):
+        for level in (3, 7, 10):
             print(f"held-out at {LEVELS[level]} frames {self.evaluate(level, 30)}", flush=True)
 
 
@@ -476,9 +358,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--encoder", type=Path, help="default: OUT/encoder")
     parser.add_argument("--library", type=Path, help="default: OUT/library")
+    parser.add_argument("--start", type=Path, help="checkpoint.pt of an earlier run to go on from")
     parser.add_argument("--scenes", type=int, default=8_000)
     parser.add_argument("--minutes", type=float, default=70, help="of the third part")
-    parser.add_argument("--kinds", nargs="+", default=FIRST_KINDS, choices=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=TRAINED_KINDS, choices=KINDS)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--keep", type=float, default=0.4, help="share of patches trained on")
     parser.add_argument("--guide", type=float, default=0.1, help="weight of the evidence loss")

@@ -1,0 +1,73 @@
+"""Which kind of question is asked on videos of which length, by how well it is answered."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+# Frames per video; a kind climbs when it is answered well. Single frames teach reading: a step on
+# them holds ten times as many signs as one on short videos.
+LEVELS = (1, 3, 5, 8, 12, 18, 26, 36, 48, 72, 96)
+PROMOTE = 0.85  # exact-match accuracy at its highest level that lets a kind climb, at first
+# From a share of the training time on, every kind is also asked at this level: long videos must
+# not stay unseen because a kind is hard.
+AT_LEAST = ((0.55, 5), (0.7, 7), (0.85, 9))
+# How often a kind is asked, where not 1: these can be asked of every video and would crowd out
+# the others.
+# Numbers need the most examples (a digit must be bound to its place), and a video has few signs.
+SHARE = {"outside": 0.08, "absent": 0.25, "exists": 0.5, "number": 4.0, "word": 1.5}
+
+
+class Curriculum:
+    """Which kind of question is asked on videos of which length."""
+
+    def __init__(self, kinds: tuple[str, ...]) -> None:
+        self.level = dict.fromkeys(kinds, 0)
+        self.accuracy: dict[tuple[str, int], float] = defaultdict(float)
+        self.count: dict[tuple[str, int], int] = defaultdict(int)
+
+    def sample_level(self, rng: random.Random) -> int:
+        """The length for a batch: one that a kind in need of practice has reached."""
+        kinds = list(self.level)
+        (kind,) = rng.choices(kinds, [self.weight(k) for k in kinds])
+        highest = self.level[kind]
+        return highest if rng.random() < 0.6 else rng.randint(0, highest)
+
+    def kinds_at(self, level: int) -> list[str]:
+        """Kinds that may be asked on videos of this length."""
+        return [kind for kind, reached in self.level.items() if reached >= level]
+
+    def weight(self, kind: str) -> float:
+        """Kinds that are answered badly are asked more often."""
+        return SHARE.get(kind, 1.0) * (1.15 - self.accuracy[kind, self.level[kind]])
+
+    def record(self, kind: str, level: int, right: bool, done: float) -> None:
+        """Note one answer, and promote the kind when it is good enough at its top level.
+
+        `done` is the share of the training time that is used up; the bar sinks in its second half.
+        """
+        key = (kind, level)
+        self.count[key] += 1
+        rate = max(1 / self.count[key], 0.01)
+        self.accuracy[key] += rate * (right - self.accuracy[key])
+        bar = PROMOTE - 0.35 * max(0.0, done - 0.5)
+        good = self.accuracy[key] > bar and self.count[key] >= 150
+        if good and level == self.level[kind] < len(LEVELS) - 1:
+            self.level[kind] += 1
+        for since, least in AT_LEAST:
+            if done >= since:
+                self.level[kind] = max(self.level[kind], least)
+
+    def state(self) -> dict:
+        """Everything, as plain data."""
+        return {
+            "level": self.level,
+            "accuracy": list(self.accuracy.items()),
+            "count": list(self.count.items()),
+        }
+
+    def restore(self, state: dict) -> None:
+        """Undo `state`; kinds that are new keep level 0."""
+        self.level.update({k: v for k, v in state["level"].items() if k in self.level})
+        self.accuracy.update(dict(state["accuracy"]))
+        self.count.update(dict(state["count"]))

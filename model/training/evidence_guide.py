@@ -1,0 +1,81 @@
+"""An auxiliary loss for the first part of training: answers should look at their evidence."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from model.modeling_crosslmm import CrossLMMForConditionalGeneration
+from model.training.library import Video
+from model.training.packing import Packed
+from model.training.world_questions import QA
+
+
+class EvidenceGuide:
+    """Share of T2V attention on the evidence, read from the projections by hooks."""
+
+    def __init__(self, crosslmm: CrossLMMForConditionalGeneration) -> None:
+        self.grid = crosslmm.config.original_grid
+        self.layers = crosslmm.config.dcal_layers[1:]  # the first sees the question's noun too late
+        self.seen: dict[tuple[int, str], torch.Tensor] = {}
+        self.branches = {}
+        for i in self.layers:
+            branch = crosslmm.model.language_model.layers[i].dual_cross_attention.t2v
+            if branch is None:
+                continue
+            self.branches[i] = branch
+            for name in ("q_proj", "k_proj"):
+                getattr(branch, name).register_forward_hook(self._keep(i, name))
+
+    def _keep(self, layer: int, name: str):  # noqa: ANN202 (a torch hook)
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            self.seen[layer, name] = output
+
+        return hook
+
+    def patches(self, qa: QA, video: Video) -> torch.Tensor:
+        """Patches that hold the evidence, (T * N,) bool."""
+        centres = (torch.arange(self.grid) + 0.5) / self.grid
+        mask = torch.zeros(len(video.times), self.grid, self.grid, dtype=torch.bool)
+        for evidence in qa.evidence:
+            times = torch.as_tensor(video.times)
+            shown = (times >= evidence.start - 1e-6) & (times < evidence.end)
+            left, top, right, bottom = evidence.box or (0, 0, 1, 1)
+            box = ((centres >= top) & (centres <= bottom))[:, None] & (
+                (centres >= left) & (centres <= right)
+            )
+            mask[shown] |= box
+        return mask.flatten()
+
+    def loss(
+        self, packed: Packed, videos: list[Video], kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean of -log(share of attention on the evidence) over answer tokens that have any.
+
+        `kept` (B, T, n): the patches in the memory, where not all are.
+        """
+        terms = []
+        for row, (spans, video) in enumerate(zip(packed.spans, videos, strict=True)):
+            columns, masks = [], []
+            for qa, start, end in spans:
+                evidence = self.patches(qa, video)
+                if kept is not None:
+                    evidence = evidence.unflatten(0, (len(video.times), -1))
+                    evidence = evidence.gather(1, kept[row]).flatten()
+                if qa.evidence and evidence.any():
+                    # The column before a token predicts it; the end token looks at nothing.
+                    columns += [c - packed.text_start for c in range(start - 1, end - 2)]
+                    masks += [evidence] * (end - 1 - start)
+            if not columns:
+                continue
+            target = torch.stack(masks)
+            for layer, branch in self.branches.items():
+                query = self.seen[layer, "q_proj"][row, columns].unflatten(
+                    -1, (-1, branch.head_dim)
+                )
+                key = self.seen[layer, "k_proj"][row].unflatten(-1, (-1, branch.head_dim))
+                query = query.unflatten(1, (key.shape[1], -1))  # (Lq, Hkv, G, d)
+                scores = torch.einsum("lhgd,mhd->lhgm", query, key).float() * branch.scaling
+                share = (scores.softmax(-1) * target[:, None, None]).sum(-1).mean((1, 2))
+                terms.append(-(share + 1e-4).log())
+        return torch.cat(terms).mean() if terms else torch.zeros(())
