@@ -21,6 +21,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from model.attention_summary import summarize
+from model.frame_encoder import FrameEncoder
 from model.guards import (
     EndlessRepetition,
     FiniteScores,
@@ -122,13 +123,19 @@ class Engine:
     """Answers questions about local video files."""
 
     def __init__(
-        self, loaded: Loaded, *, memory_budget: int = 2 << 30, kv_precision: str = "native"
+        self,
+        loaded: Loaded,
+        *,
+        memory_budget: int = 2 << 30,
+        kv_precision: str = "native",
+        repeat_threshold: float = 0.0,
     ) -> None:
         self.crosslmm = loaded.crosslmm
         self.processor = loaded.processor
         self.info: ModelInfo = replace(loaded.info, kv_precision=kv_precision)
         self.folder: Path = loaded.folder
         self.pool = MemoryPool(memory_budget)
+        self.repeat_threshold = repeat_threshold
         self._layer_stop = LayerStop(self.crosslmm)
         self._t2v_trusted = self.info.trained and any(t2v != 0 for _, t2v in self.info.gates)
 
@@ -142,17 +149,24 @@ class Engine:
         memory_budget: int = 2 << 30,
         pooled_grid: int | None = None,
         kv_precision: str = "native",
+        repeat_threshold: float = 0.0,
     ) -> Engine:
         """Load a model (see `model.loading.load`) keeping `memory_budget` bytes of videos.
 
         Their T2V keys and values are held at `kv_precision`: `native`, `int8` or `int4`.
+        `repeat_threshold` is that of `model.frame_encoder.FrameEncoder`.
         """
         if kv_precision not in PRECISIONS:
             raise InputError(
                 f"kv_precision must be one of {sorted(PRECISIONS)}, got {kv_precision!r}."
             )
         loaded = load(source, quantization=quantization, device=device, pooled_grid=pooled_grid)
-        return cls(loaded, memory_budget=memory_budget, kv_precision=kv_precision)
+        return cls(
+            loaded,
+            memory_budget=memory_budget,
+            kv_precision=kv_precision,
+            repeat_threshold=repeat_threshold,
+        )
 
     def forget(self, video: str) -> None:
         """Drop everything that is kept of a file."""
@@ -262,6 +276,7 @@ class Engine:
             self.crosslmm, info, turn.prefix, times, what_if, precision=self.info.kv_precision
         )
         entry.frames_left_out = turn.planned - len(times)
+        encoder = FrameEncoder(self.crosslmm.model, self.repeat_threshold)
         entry.clamped = turn.key[-1] > MOST_FRAMES and len(times) == MOST_FRAMES
         chunks: queue.Queue = queue.Queue(CHUNKS_AHEAD)
         quit_reading = threading.Event()
@@ -289,7 +304,7 @@ class Engine:
                 entry.decode_seconds += seconds
                 entry.failed_frames = failed
                 entry.thumbnails += pictures
-                self._encode(entry, pixels, frame_times)
+                self._encode(entry, encoder, pixels, frame_times)
                 if stop():
                     raise Stopped("stopped while encoding the video")
                 yield Progress("encoding", len(entry.times), total)
@@ -337,15 +352,15 @@ class Engine:
         except BaseException as error:  # handed to the thread that reads the queue
             chunks.put(error)
 
-    def _encode(self, entry: VideoEntry, pixels: torch.Tensor, times: torch.Tensor) -> None:
+    def _encode(
+        self, entry: VideoEntry, encoder: FrameEncoder, pixels: torch.Tensor, times: torch.Tensor
+    ) -> None:
         clock = time.perf_counter()
         kept = entry.take(times)
         if not kept.any():
             return
-        model, pixels = self.crosslmm.model, pixels[kept]
-        with torch.inference_mode():
-            dtype = model.vision_tower.embeddings.patch_embedding.weight.dtype
-            features = model.encode_frames(pixels.to(model.device, dtype))
+        features = encoder(pixels[kept])
+        entry.repeated_frames = encoder.repeated
         entry.encode_seconds += time.perf_counter() - clock
         entry.keep_features(features, self.pool.budget_bytes // FEATURES_SHARE)
         self._prefill(entry, features, times[kept])
@@ -434,6 +449,7 @@ class Engine:
             frame_times=np.asarray(memory.times),
             attention=attention,
             savings=count_savings(memory, text_tokens, generated),
+            repeated_frames=entry.repeated_frames,
             memory_reused=reused,
             video=entry.info,
             notices=_notices(entry, repetition.found),

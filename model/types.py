@@ -385,6 +385,7 @@ class Answer:
     memory_reused: bool
     video: VideoInfo
     notices: tuple[str, ...] = field(default=())
+    repeated_frames: int = 0  # frames that were not encoded: they repeat the one before
 
 
 @dataclass(frozen=True)

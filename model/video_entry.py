@@ -37,6 +37,7 @@ class VideoEntry:
     encode_seconds: float = 0.0
     prefill_seconds: float = 0.0
     failed_frames: int = 0
+    repeated_frames: int = 0  # not encoded: they repeat the one before
     frames_left_out: int = 0  # because memory ran short
     clamped: bool = False  # more frames were asked for than are ever used
 
