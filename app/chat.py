@@ -13,7 +13,16 @@ from app.moments import seen_at
 from app.panels.draw import seconds
 from app.sessions import Session, Turn
 from app.settings import Settings
-from model.types import Answer, AskRequest, Failure, InputError, Piece, Progress, Stage
+from model.types import (
+    Answer,
+    AskRequest,
+    Failure,
+    FramesRead,
+    InputError,
+    Piece,
+    Progress,
+    Stage,
+)
 
 _UPDATE_SECONDS = 0.1  # reads as fluent, and leaves a slow browser time to draw
 
@@ -56,6 +65,7 @@ class Update:
     accepted: bool = True  # False: nothing was asked, the question stays in its box
     answer: Answer | None = None
     finished: bool = False
+    frames: bool = False  # there is more to be seen on the filmstrip
 
 
 def check_question(session: Session, message: str, settings: Settings) -> str:
@@ -126,13 +136,16 @@ async def run_turn(
     job = session.job = worker.submit(request)
     try:
         yield Update(Line("working", "Waiting for the model", "waiting"))
-        pace = Pace()
+        pace, line = Pace(), Line("working", "Waiting for the model", "waiting")
         async for batch in job.batches():
-            update = _apply(batch, turn, pace)
-            _drop_old_maps(session, turn)
             if all(one is not turn for one in session.turns):  # another video, or a new start
                 yield Update(Line("idle"), finished=True)
                 return
+            seen = [session.strip.add(one) for one in batch if isinstance(one, FramesRead)]
+            rest = [one for one in batch if not isinstance(one, FramesRead)]
+            update = _apply(rest, turn, pace) if rest else Update(line)
+            update, line = replace(update, frames=any(seen)), update.line
+            _drop_old_maps(session, turn)
             yield _with_remark(update, session)
             if not update.finished:
                 await asyncio.sleep(_UPDATE_SECONDS)

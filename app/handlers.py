@@ -17,6 +17,7 @@ from app.downloads import Downloaded, Downloads
 from app.panels.attention import attention_panel
 from app.panels.run_card import run_card_section
 from app.panels.savings import savings_panel
+from app.panels.timeline import timeline
 from app.routes import export_url, media_url
 from app.run_card import run_card
 from app.sessions import Session, Sessions
@@ -37,6 +38,7 @@ class Components:
     cancel: gr.Button
     notice: gr.HTML
     player: gr.HTML
+    timeline: gr.HTML
     chat: gr.Chatbot
     line: gr.HTML
     tools: gr.HTML
@@ -211,6 +213,8 @@ class Handlers:
             changes |= self._buttons(running=not update.finished)
         if update.answer is not None:
             changes |= await asyncio.to_thread(self._panels, session)
+        elif update.frames or first:
+            changes |= self._timeline(session)
         return changes
 
     def _conversation(self, session: Session) -> Changes:
@@ -226,6 +230,7 @@ class Handlers:
         duration = answer.video.duration if answer is not None else 0.0
         model = self._worker.status().model
         return {
+            **self._timeline(session),
             self._page.attention: attention_panel(shown, duration, model),
             self._page.savings: savings_panel(session.answers(), self._run_card(session)),
         }
@@ -236,6 +241,12 @@ class Handlers:
             return ""
         card = run_card(answers[-1], model, session.video, session.choices)
         return run_card_section(card, export_url(session))
+
+    def _timeline(self, session: Session) -> Changes:
+        video, answer = session.video, session.last_answer()
+        duration = video.info.duration if video is not None else 0.0
+        attention = answer.attention if answer is not None else None
+        return {self._page.timeline: timeline(duration, session.strip, attention)}
 
     def _buttons(self, running: bool) -> Changes:
         return {

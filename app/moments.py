@@ -1,6 +1,6 @@
 """Which moments an answer comes from, as far as its attention tells.
 
-The measure is the share of the text-to-visual attention (mean over words, layers and heads) on a
+The measure is the share of the attention (text to visual; mean over words, layers and heads) on a
 frame and its neighbours. On 13 made-up videos with known answers (48 and 128 frames, bundled
 model) the strongest frame lay where the answer is seen, or one frame off, for 73 % of the answers
 with a share of a third or more, for 81 % from 0.45 on, and for 40 % of those below a third (127
@@ -36,14 +36,6 @@ class Moment:
         return self.share >= CLEAR
 
 
-def mass_over_time(
-    attention: AttentionSummary, tokens: tuple[int, ...] | None = None
-) -> np.ndarray:
-    """Share of the attention on each frame, (T,), of some of the answer's tokens or of all."""
-    chosen = attention.t2v if not tokens else attention.t2v[list(tokens)]
-    return chosen.mean(axis=(0, 1))
-
-
 def _around(mass: np.ndarray) -> tuple[np.ndarray, int]:
     """Share of each frame with its neighbours, and how many there are on either side."""
     reach = max(1, round(len(mass) / 100))
@@ -57,7 +49,7 @@ def seen_at(attention: AttentionSummary | None) -> Moment | None:
     """Where an answer comes from; None when its attention is too flat to say."""
     if attention is None or not len(attention.times):
         return None
-    mass = mass_over_time(attention)
+    mass = attention.timeline()
     around, reach = _around(mass)
     peak = int(mass.argmax())
     share = float(around[peak])

@@ -17,6 +17,7 @@ from typing import Literal
 
 from app.choices import Choices
 from app.disk import Disk
+from app.filmstrip import Filmstrip
 from app.jobs import Job
 from app.logs import log
 from app.moments import Moment
@@ -52,6 +53,7 @@ class Session:
     turns: list[Turn] = field(default_factory=list)
     job: Job | None = None
     replacing: bool = False  # the next question takes the place of the last one
+    strip: Filmstrip = field(default_factory=Filmstrip)  # of the current video
     remark: str = ""  # told beside the running turn's own progress
     choices: Choices = Choices()
     export: str = field(default_factory=lambda: secrets.token_urlsafe(18))  # guards the exports
@@ -122,7 +124,7 @@ class Sessions:
         """Make `video` the current one; the one before it and its conversation end."""
         session.stop()
         self._drop_video(session)
-        session.video = video
+        session.video, session.strip = video, Filmstrip()
         session.begin_anew()
         session.media = self.publish(video.path)
 

@@ -65,6 +65,7 @@ def build(
                 url, fetch, cancel = _web_address()
                 notice = _html("", elem_id="notice")
                 player = _html(fragments.player(None, ""), elem_id="player")
+                timeline = _html("", elem_id="timeline")
                 chat = _chatbot()
                 with gr.Row(elem_id="turn"):
                     line = _html(fragments.status_line(Line("idle")), elem_id="line")
@@ -80,7 +81,7 @@ def build(
                 attention = _html(attention_panel(None, 0.0, None), elem_id="attention")
                 savings = _html(savings_panel(()), elem_id="savings")
         page = Components(
-            upload, url, fetch, cancel, notice, player, chat, line, tools, chips,
+            upload, url, fetch, cancel, notice, player, timeline, chat, line, tools, chips,
             question, ask, stop, note, attention, savings,
         )  # fmt: skip
         handlers = Handlers(settings, worker, sessions, samples, page)
@@ -179,7 +180,7 @@ def _wire(
         )
 
     turn = [
-        page.question, page.chat, page.line, page.tools, page.ask, page.stop,
+        page.question, page.timeline, page.chat, page.line, page.tools, page.ask, page.stop,
         page.attention, page.savings,
     ]  # fmt: skip
     video = [page.upload, page.notice, page.player, page.chips, *turn]
@@ -258,7 +259,7 @@ def launch_options(settings: Settings, worker: Worker, sessions: Sessions) -> di
         "mcp_server": settings.mcp,
         "max_file_size": settings.max_upload_bytes,
         "theme": theme(),
-        "css_paths": [STATIC / "page.css", STATIC / "saved.css"],
+        "css_paths": [STATIC / "page.css", STATIC / "timeline.css", STATIC / "saved.css"],
         "head": f"<script>{script}</script>",
         "favicon_path": STATIC / "favicon.png",
         "footer_links": ["api"],

@@ -21,6 +21,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from model.attention_summary import summarize
+from model.filmstrip import frames_read
 from model.frame_encoder import FrameEncoder
 from model.guards import (
     EndlessRepetition,
@@ -206,14 +207,16 @@ class Engine:
     def _try(self, turn: _Turn, stop: StopCheck) -> Iterator[Event]:
         key = (*turn.key, turn.what_if.of_video)
         entry = self.pool.get(key)
-        reused = entry is not None
+        reused, rebuilt = entry is not None, False
         if entry is None:
             plain = self.pool.get((*turn.key, WhatIf()))
             if plain is not None and plain.features is not None:
-                entry = yield from self._rebuild(turn, plain, stop)
+                entry, rebuilt = (yield from self._rebuild(turn, plain, stop)), True
             else:
                 entry = yield from self._read(turn, stop)
             self.pool.put(key, entry)
+        if reused or rebuilt:
+            yield frames_read(0, entry.times, entry.thumbnails, len(entry.times))
         turn.planned = turn.planned or entry.memory.num_frames
         yield Progress("answering", 0, 0)
         yield from self._answer(turn, entry, reused, stop)
@@ -304,9 +307,11 @@ class Engine:
                 entry.decode_seconds += seconds
                 entry.failed_frames = failed
                 entry.thumbnails += pictures
+                read = len(entry.times)
                 self._encode(entry, encoder, pixels, frame_times)
                 if stop():
                     raise Stopped("stopped while encoding the video")
+                yield frames_read(read, frame_times.tolist(), pictures, total)
                 yield Progress("encoding", len(entry.times), total)
             check_frames(what_if, self.crosslmm.config, np.asarray(entry.times))
             entry.finish()

@@ -158,6 +158,18 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class FramesRead:
+    """The next sampled frames of the video, as they are read; from the first on when it was before.
+
+    Small pictures stand for some of them, evenly spread over the whole video.
+    """
+
+    first: int  # which frame the first of `times` is
+    times: tuple[float, ...]  # seconds
+    pictures: tuple[tuple[float, bytes], ...]  # (seconds, JPEG)
+
+
+@dataclass(frozen=True)
 class Piece:
     """The next piece of the answer's text."""
 
@@ -396,4 +408,4 @@ class Failure:
     user: bool
 
 
-Event = Progress | Piece | Answer | Failure
+Event = Progress | FramesRead | Piece | Answer | Failure

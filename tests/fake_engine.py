@@ -25,6 +25,7 @@ from model.types import (
     AttentionSummary,
     CurvePoint,
     Event,
+    FramesRead,
     FrameView,
     InputError,
     ModelFault,
@@ -116,6 +117,7 @@ class FakeEngine:
             self.kept.add(request.video)
         if "broken" in words:
             raise RuntimeError(request.question)
+        yield _frames(request)
         yield Progress("answering", 0, 0)
         while "hang" in words:
             time.sleep(1)
@@ -150,12 +152,22 @@ class _Gates:
             time.sleep(0.02)
 
 
+def _times(request: AskRequest) -> np.ndarray:
+    frames = min(request.max_frames or 48, 48)
+    return (np.arange(frames) + 0.5) * _probe(request.video).duration / frames
+
+
+def _frames(request: AskRequest) -> FramesRead:
+    info, times = _probe(request.video), _times(request).tolist()
+    shown = [(time, _picture(info, index)) for index, time in enumerate(times) if index % 4 == 1]
+    return FramesRead(0, tuple(times), tuple(shown))
+
+
 def _answer(
     request: AskRequest, said: str, stopped: bool, reused: bool, first: float, total: float
 ) -> Answer:
-    frames = min(request.max_frames or 48, 48)
-    info = _probe(request.video)
-    times = (np.arange(frames) + 0.5) * info.duration / frames
+    info, times = _probe(request.video), _times(request)
+    frames = len(times)
     spent = (0.0, 0.0, 0.0) if reused else (0.4 * first, 0.4 * first, 0.2 * first)
     tokens = tuple(said.split())
     return Answer(

@@ -45,6 +45,20 @@
     if (stop) stop.click();
   });
 
+  // The filmstrip is one stop of the Tab key; arrows go along it.
+  document.addEventListener("keydown", (event) => {
+    const shot = event.target.closest && event.target.closest(".shot");
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!shot || !step) return;
+    const all = [...shot.parentElement.querySelectorAll(".shot")];
+    const next = all[all.indexOf(shot) + step];
+    if (!next) return;
+    event.preventDefault();
+    shot.tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+  });
+
   document.addEventListener("pointermove", (event) => {
     const plot = event.target.closest && event.target.closest(".plot");
     if (!plot) return;

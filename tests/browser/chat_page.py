@@ -32,6 +32,8 @@ class ChatPage:
         self.answers = page.locator('#chat [data-testid="bot"]')
         self.questions = page.locator('#chat [data-testid="user"]')
         self.attention = page.locator("#panel-attention")
+        self.shots = page.locator(".timeline .shot")
+        self.pins = page.locator(".timeline .pin")
         self.savings = page.locator("#panel-savings")
         self.rows = self.attention.locator("svg.cells")
         self.frames = self.attention.locator(".frame")

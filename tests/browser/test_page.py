@@ -280,6 +280,36 @@ def test_escape_stops(visit: Visit, fake_app: App, videos: dict[str, Path], gate
     expect(chat.line).to_have_text("Stopped.")
 
 
+def test_the_timeline_shows_frames_and_attention_and_seeks(
+    visit: Visit, fake_app: App, videos: dict[str, Path], gates: Gates
+) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    expect(chat.page.locator(".timeline")).to_contain_text("when it reads the video")
+    gates("reading")
+    gates("encoding")
+    chat.ask("focused and gated")
+    expect(chat.shots).to_have_count(12)  # while the answer is still on its way
+    expect(chat.pins).to_have_count(0)
+    for gate in GATES:
+        gates(gate)
+    chat.answered(1)
+    expect(chat.pins).to_have_count(1)
+    chat.pins.first.click()
+    chat.wait_for_player_time(5.25)
+    chat.shots.nth(0).focus()
+    chat.page.keyboard.press("ArrowRight")
+    expect(chat.shots.nth(1)).to_be_focused()
+    chat.page.keyboard.press("Enter")
+    chat.wait_for_player_time(2.75)  # frames every half second, every fourth has a picture
+    track = chat.page.locator(".timeline .plot").bounding_box()
+    chat.page.mouse.click(track["x"] + 0.1 * track["width"], track["y"] + track["height"] - 4)
+    chat.wait_for_player_time(0.1 * 24)
+    chat.ask("And flat?")
+    chat.answered(2)
+    expect(chat.pins).not_to_have_count(1)
+
+
 def test_an_answer_tells_where_and_when(
     visit: Visit, fake_app: App, videos: dict[str, Path]
 ) -> None:
