@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+from app.choices import Choices
 from app.jobs import Cancelled, Job, JobEvent, Queued, Stopping
 from app.moments import seen_at
 from app.panels.draw import seconds
@@ -104,9 +105,15 @@ class Pace:
 
 
 async def run_turn(
-    session: Session, message: str, worker: Asks, settings: Settings
+    session: Session,
+    message: str,
+    worker: Asks,
+    settings: Settings,
+    choices: Choices | None = None,
 ) -> AsyncIterator[Update]:
     """Ask, and yield an update for all that happens; the turn itself is in `session.turns`.
+
+    `choices` are those of this turn alone; the session's own when not given.
 
     Closing the iterator stops the job.
     """
@@ -122,12 +129,13 @@ async def run_turn(
         session.turns.pop()
     session.replacing = False
     assert session.video is not None
+    choices = choices or session.choices
     request = AskRequest(
         video=str(session.video.path),
         question=question,
         history=session.history(settings.max_history_turns),
-        max_frames=session.choices.max_frames or settings.max_frames,
-        max_new_tokens=session.choices.max_new_tokens or settings.max_new_tokens,
+        max_frames=choices.max_frames or settings.max_frames,
+        max_new_tokens=choices.max_new_tokens or settings.max_new_tokens,
         strongest_frames=settings.strongest_frames,
         bounds=settings.read_bounds,
     )

@@ -15,6 +15,12 @@ class Choices:
     max_frames: int | None = None
     max_new_tokens: int | None = None
 
+    def over(self, other: Choices) -> Choices:
+        """These, and the other's where these say nothing."""
+        return Choices(
+            self.max_frames or other.max_frames, self.max_new_tokens or other.max_new_tokens
+        )
+
 
 _LABELS = {"max_frames": "The number of frames", "max_new_tokens": "The length of answers"}
 

@@ -56,6 +56,7 @@ class Session:
     strip: Filmstrip = field(default_factory=Filmstrip)  # of the current video
     remark: str = ""  # told beside the running turn's own progress
     choices: Choices = Choices()
+    name: str = field(default_factory=lambda: secrets.token_urlsafe(18))  # for programs' calls
     export: str = field(default_factory=lambda: secrets.token_urlsafe(18))  # guards the exports
     last_seen: float = field(default_factory=time.monotonic)
     left_at: float | None = None
@@ -140,11 +141,23 @@ class Sessions:
         with self._lock:
             return self._media.get(token)
 
+    def by_name(self, name: str) -> Session | None:
+        """Return the session that a program calls by its name."""
+        with self._lock:
+            for session in self._by_key.values():
+                if secrets.compare_digest(session.name.encode(), name.encode()):
+                    session.last_seen, session.left_at = time.monotonic(), None
+                    return session
+        return None
+
     def by_export(self, token: str) -> Session | None:
         """Return the session whose exports lie under a token."""
         with self._lock:
             every = list(self._by_key.values())
-        return next((one for one in every if secrets.compare_digest(one.export, token)), None)
+        return next(
+            (one for one in every if secrets.compare_digest(one.export.encode(), token.encode())),
+            None,
+        )
 
     def leave(self, key: str | None) -> None:
         """Note a closed page: its job stops now, the rest goes a little later (it may return)."""

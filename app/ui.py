@@ -11,7 +11,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from app import fragments
-from app.api import add_endpoints
+from app.api import Endpoints, add_endpoints
 from app.chat import Line
 from app.fetch import MAX_URL_CHARS
 from app.gate import Gate
@@ -86,7 +86,7 @@ def build(
         )  # fmt: skip
         handlers = Handlers(settings, worker, sessions, samples, page)
         _wire(demo, handlers, page, cards, status)
-        add_endpoints(handlers, worker, settings, samples)
+        add_endpoints(Endpoints(handlers, sessions, worker, settings, samples))
     return demo.queue(default_concurrency_limit=None)
 
 

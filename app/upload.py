@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import unquote
 
 import gradio as gr
 from gradio.data_classes import FileData, ListFiles
@@ -11,6 +12,7 @@ from gradio.data_classes import FileData, ListFiles
 from app.disk import Disk
 from model.types import InputError
 
+_SERVED = "/gradio_api/file="  # before the path, in the address of an upload
 _NO_FILE = "Upload the video file itself, please; this is no file that was uploaded here."
 
 
@@ -22,7 +24,7 @@ def only_uploads(component: gr.File) -> gr.File:
     async def move(url_or_file_path: str | Path | None) -> str | None:
         # Gradio would download it; addresses have a way of their own, with a guard.
         if url_or_file_path is not None and "://" in str(url_or_file_path):
-            refuse()
+            return _at_our_address(str(url_or_file_path), Path(component.GRADIO_CACHE))
         return await usual(url_or_file_path)
 
     def preprocess(payload: ListFiles | FileData | None) -> str | None:
@@ -35,6 +37,19 @@ def only_uploads(component: gr.File) -> gr.File:
     component.async_move_resource_to_block_cache = move
     component.preprocess = preprocess
     return component
+
+
+def _at_our_address(url: str, uploads: Path) -> str:
+    """The path of an upload that is named by the address under which Gradio serves it.
+
+    MCP clients name uploads so. Nothing is fetched: only the path in the address is looked at.
+    """
+    path = Path(unquote(url.partition(_SERVED)[2]))
+    try:
+        inside = path.resolve(strict=True).is_relative_to(uploads.resolve())
+    except (OSError, ValueError, RuntimeError):
+        inside = False
+    return str(path) if inside else refuse()
 
 
 def refuse() -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -31,7 +32,20 @@ def until(job: object, condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_five_lines_of_a_client(client: Client, videos: dict[str, Path]) -> None:
+def test_the_readmes_client_works_as_printed(fake_app: App) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (printed,) = re.findall(r"^```python\n(from gradio_client.*?)^```$", readme, re.DOTALL | re.M)
+    assert len(printed.strip().splitlines()) == 5
+    script = printed.replace("http://127.0.0.1:7860", fake_app.url)
+    assert script != printed
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert "You asked:" in run.stdout
+
+
+def test_a_client(client: Client, videos: dict[str, Path]) -> None:
     added = client.predict(handle_file(videos["av1"]), api_name="/add_video")
     assert (added["title"], added["codec"]) == (videos["av1"].name, "av1")
     job = client.submit("What is it?", api_name="/ask")
@@ -75,10 +89,78 @@ def test_problems_are_sentences(client: Client, videos: dict[str, Path]) -> None
         client.predict("broken", api_name="/ask")
 
 
-def test_every_endpoint_is_named_and_documented(client: Client) -> None:
+def test_every_endpoint_is_named_typed_and_documented(client: Client) -> None:
     told = client.view_api(return_format="dict")["named_endpoints"]
-    assert set(told) == {"/add_video", "/add_video_url", "/add_sample", "/ask", "/stop"}
-    assert all(endpoint["description"] for endpoint in told.values())
+    assert set(told) == {
+        "/add_video", "/add_video_url", "/add_sample", "/ask", "/maps", "/savings", "/stop",
+    }  # fmt: skip
+    for name, endpoint in told.items():
+        assert endpoint["description"], name
+        for argument in endpoint["parameters"]:
+            kind = argument["python_type"]
+            assert kind["type"] != "Any", (name, argument)
+            assert kind["description"] and "FileData" not in kind["description"], (name, argument)
+        assert endpoint["returns"][0]["python_type"]["description"], name
+    numbers = {one["parameter_name"]: one for one in told["/ask"]["parameters"]}
+    assert numbers["max_frames"]["python_type"]["type"] == "int"
+    assert numbers["max_frames"]["parameter_default"] == 0
+
+
+def test_frames_of_one_question_are_chosen_and_clamped(client: Client) -> None:
+    client.predict("Forty seconds", api_name="/add_sample")
+    few = client.predict("What?", max_frames=5, api_name="/ask")
+    assert len(few["frame_times"]) == 5 and few["notices"] == []
+    many = client.predict("What?", max_frames=10**9, api_name="/ask")
+    assert many["notices"] == ["The number of frames became 4096; 1 to 4096 can be chosen here."]
+    assert len(client.predict("What?", api_name="/ask")["frame_times"]) == 48
+    for wrong in (-1, "7", 1.5, True, None):
+        with pytest.raises(AppError, match="max_frames must be a whole number from 0 on"):
+            client.predict("What?", max_frames=wrong, api_name="/ask")
+
+
+def test_maps_of_the_last_answer(client: Client) -> None:
+    client.predict("Forty seconds", api_name="/add_sample")
+    with pytest.raises(AppError, match="no answer yet"):
+        client.predict(api_name="/maps")
+    answer = client.predict("What is it?", api_name="/ask")
+    maps = client.predict("t2v", api_name="/maps")
+    assert maps["layers"] == list(LAYERS) and maps["times"] == answer["frame_times"]
+    assert len(maps["tokens"]) == answer["tokens"]["generated"]
+    for row, told in zip(maps["rows"], answer["attention"]["t2v"], strict=True):
+        assert row == pytest.approx(told, abs=2e-3)
+    one = client.predict("t2v", token=2, api_name="/maps")
+    assert all(sum(row) == pytest.approx(1, abs=0.01) for row in one["rows"])
+    for arguments, said in (
+        ({"kind": "all"}, "no map of kind 'all'"),
+        ({"kind": "t2v", "token": 999}, "token must be -1 to"),
+        ({"kind": "t2v", "head": -2}, "head must be -1 to"),
+    ):
+        with pytest.raises(AppError, match=said):
+            client.predict(**arguments, api_name="/maps")
+
+
+def test_savings_of_a_turn_and_the_conversation(client: Client) -> None:
+    client.predict("Forty seconds", api_name="/add_sample")
+    with pytest.raises(AppError, match="no answer yet"):
+        client.predict(api_name="/savings")
+    for question in ("One?", "Two?"):
+        client.predict(question, api_name="/ask")
+    saved = client.predict(api_name="/savings")
+    assert (saved["turn"]["questions"], saved["conversation"]["questions"]) == (1, 2)
+    ours = saved["turn"]["systems"]["crosslmm"]
+    assert ours["measured"]["seconds"] > 0
+    assert saved["turn"]["systems"]["llava-onevision"]["measured"] is None
+    assert saved["run_card"]["video"]["sample"] == "short"
+    assert set(saved["curves"]) == {"crosslmm", "unpooled", "llava-onevision"}
+
+
+def test_a_session_can_be_handed_on_by_name(fake_app: App) -> None:
+    one, other = (Client(fake_app.url, verbose=False) for _ in range(2))
+    name = one.predict("Forty seconds", api_name="/add_sample")["session"]
+    assert other.predict("Whose?", session=name, api_name="/ask")["answer"]
+    assert one.predict(api_name="/savings")["conversation"]["questions"] == 1
+    with pytest.raises(AppError, match="This session is over or was never there"):
+        other.predict("Whose?", session="guessed", api_name="/ask")
 
 
 def test_a_web_address_of_this_machine_is_refused(client: Client, fake_app: App) -> None:
