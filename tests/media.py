@@ -16,6 +16,8 @@ from typing import Literal
 import av
 import numpy as np
 
+from model.training.world_video import ordinary_priority
+
 os.environ.setdefault("SVT_LOG", "1")  # errors only, from the AV1 encoder
 BITS = 16
 TIME_BASE = Fraction(1, 12800)
@@ -135,6 +137,7 @@ def make_video(
             frame.pts, frame.time_base = round((time + start) / TIME_BASE), TIME_BASE
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    ordinary_priority()
     return times
 
 

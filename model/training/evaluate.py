@@ -12,7 +12,8 @@ import argparse
 import json
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from model.training.world import make_world, seeded
 from model.training.world_parts import World
 from model.training.world_questions import CHANCE, KINDS, QA, questions
 from model.training.world_video import write_video
-from model.types import Answer, AskRequest
+from model.types import Answer, AskRequest, WhatIf
 
 
 @dataclass
@@ -97,22 +98,76 @@ def _mean(hits: list[bool]) -> float | None:
     return round(float(np.mean(hits)), 4) if hits else None
 
 
-def ask_world(
-    engine: Engine, world: World, path: Path, kinds: list[str], frames: int, tally: Tally
-) -> None:
-    """Ask everything about one video file."""
-    first = next(iter(_answers(engine, path, "?", frames)))
-    rng = seeded("evaluate", world.seed)
-    times = first.frame_times.tolist()
-    for qa in questions(world, rng, kinds, times, per_kind=2):
-        for answer in _answers(engine, path, qa.question, frames):
-            tally.add(qa, answer)
-    engine.forget(str(path))
+@dataclass(frozen=True)
+class Film:
+    """How a world is written as a video file."""
+
+    size: tuple[int, int] = (640, 360)
+    frame_rate: int = 25
+    codec: str = "libx264"
+    crf: int | None = None
+
+    def write(self, world: World, folder: Path) -> Path:
+        """Write `world` under a name that its seed gives."""
+        suffix = ".webm" if "vp9" in self.codec else ".mp4"
+        path = folder / f"{world.seed}{suffix}"
+        width, height = self.size
+        write_video(
+            world,
+            path,
+            width=width,
+            height=height,
+            frame_rate=self.frame_rate,
+            codec=self.codec,
+            crf=self.crf,
+        )
+        return path
 
 
-def _answers(engine: Engine, path: Path, question: str, frames: int):  # noqa: ANN202
+def held_out_worlds(seed: int, videos: int, frames: int, interval: float) -> Iterator[World]:
+    """Worlds that no training has seen: their seeds lie below every training seed."""
+    for index in range(videos):
+        world_seed = (seed * 1000 + index) % TRAIN_SEED
+        yield make_world(world_seed, frames * interval, interval=interval)
+
+
+def known_kinds(engine: Engine) -> list[str]:
+    """The kinds of question that the model was trained on, as its card says."""
+    card = json.loads((engine.folder / "card.json").read_text())
+    return card.get("kinds", list(KINDS))
+
+
+def asked_of(engine: Engine, world: World, path: Path, kinds: list[str], frames: int) -> list[QA]:
+    """The questions that the frames sampled from a file allow."""
+    first = ask(engine, path, "?", frames)
+    return questions(
+        world, seeded("evaluate", world.seed), kinds, first.frame_times.tolist(), per_kind=2
+    )
+
+
+def ask(
+    engine: Engine, path: Path, question: str, frames: int, what_if: WhatIf | None = None
+) -> Answer:
+    """One answer of the engine."""
     request = AskRequest(str(path), question, max_frames=frames, strongest_frames=1)
-    return (event for event in engine.ask(request) if isinstance(event, Answer))
+    if what_if is not None:
+        request = replace(request, what_if=what_if)
+    return next(event for event in engine.ask(request) if isinstance(event, Answer))
+
+
+def measure(
+    engine: Engine, worlds: Iterable[World], kinds: list[str], frames: int, film: Film
+) -> Tally:
+    """Ask every question about every world, through real files."""
+    tally = Tally()
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        for world in worlds:
+            path = film.write(world, Path(folder))
+            for qa in asked_of(engine, world, path, kinds, frames):
+                tally.add(qa, ask(engine, path, qa.question, frames))
+            engine.forget(str(path))
+            path.unlink()
+    return tally
 
 
 def main() -> None:
@@ -133,29 +188,9 @@ def main() -> None:
     parser.add_argument("--wrong", action="store_true", help="also list wrong answers")
     args = parser.parse_args()
     engine = Engine.load(args.model, quantization=args.quantization)
-    kinds = args.kinds or json.loads((engine.folder / "card.json").read_text()).get(
-        "kinds", list(KINDS)
-    )
-    tally = Tally()
-    suffix = ".webm" if "vp9" in args.codec else ".mp4"
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        for index in range(args.videos):
-            seed = (args.seed * 1000 + index) % TRAIN_SEED  # below every training seed
-            world = make_world(seed, args.frames * args.interval, interval=args.interval)
-            path = Path(folder) / f"{index}{suffix}"
-            quality = {} if args.crf is None else {"crf": args.crf}
-            width, height = args.size
-            write_video(
-                world,
-                path,
-                width=width,
-                height=height,
-                frame_rate=args.frame_rate,
-                codec=args.codec,
-                **quality,
-            )
-            ask_world(engine, world, path, kinds, args.frames, tally)
-            path.unlink()
+    worlds = held_out_worlds(args.seed, args.videos, args.frames, args.interval)
+    film = Film(tuple(args.size), args.frame_rate, args.codec, args.crf)
+    tally = measure(engine, worlds, args.kinds or known_kinds(engine), args.frames, film)
     report = tally.report()
     if args.wrong:
         report["wrong"] = tally.wrong

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -80,6 +81,16 @@ def write_video(
         if sound is not None:
             for piece in itertools.chain(tone, (None,)):
                 container.mux(sound.encode(piece))
+    ordinary_priority()
+
+
+def ordinary_priority() -> None:
+    """Undo what SVT-AV1 does as root: it makes the whole process a real-time one.
+
+    All its later threads and children would be too, and would starve everything else.
+    """
+    if hasattr(os, "sched_setscheduler"):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _frames(

@@ -1,0 +1,54 @@
+"""Do answers survive what happens to real videos? The same questions after other encodings.
+
+`python -m model.training.wear --seed 3 --videos 6` asks about the same held-out worlds as plain
+H.264 files and at low bitrate, in three other sizes and shapes, at 15 and 60 frames a second, in
+VP9 and in AV1, and prints the share of right answers of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from model.engine import Engine
+from model.training.evaluate import Film, held_out_worlds, known_kinds, measure
+
+PLAIN = "as made: 640 x 360, 25 frames/s, H.264"
+FILMS = {
+    PLAIN: Film(),
+    "low bitrate (crf 36)": Film(crf=36),
+    "320 x 180": Film(size=(320, 180)),
+    "480 x 480": Film(size=(480, 480)),
+    "1280 x 544": Film(size=(1280, 544)),
+    "15 frames/s": Film(frame_rate=15),
+    "60 frames/s": Film(frame_rate=60),
+    "VP9": Film(codec="libvpx-vp9"),
+    "AV1": Film(codec="libsvtav1"),
+}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--videos", type=int, default=6)
+    parser.add_argument("--frames", type=int, default=32)
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    engine = Engine.load(args.model)
+    rows: dict[str, dict[str, float]] = {}
+    for name, film in FILMS.items():
+        worlds = held_out_worlds(args.seed, args.videos, args.frames, 1.0)
+        report = measure(engine, worlds, known_kinds(engine), args.frames, film).report()
+        asked = sum(row["n"] for row in report["kinds"].values())
+        rows[name] = {"overall": report["overall"], "n": asked}
+        rows[name]["points_lost"] = round(100 * (rows[PLAIN]["overall"] - report["overall"]), 1)
+        if not args.json:
+            print(f"{name:40} {report['overall']:.3f}  n {asked}", flush=True)
+    if args.json:
+        print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
