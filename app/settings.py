@@ -85,7 +85,11 @@ class Settings:
     """What the page and its worker are told at the start. Times in seconds, sizes in bytes."""
 
     model: str | None = option(
-        None, "model", str, "local folder or hub id; the bundled model when not given", "SOURCE"
+        None,
+        "model",
+        str,
+        "folder, hub id or ENCODER+LLM; the bundled model when not given",
+        "SOURCE",
     )
     quantization: str = option(
         "auto",

@@ -38,7 +38,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m model.ask", description="Ask a video.")
     parser.add_argument("video", help="a local file: mp4, webm or mkv")
     parser.add_argument("question")
-    parser.add_argument("--model", help="folder or hub id (default: the bundled model)")
+    parser.add_argument(
+        "--model", help="folder, hub id or ENCODER+LLM (default: the bundled model)"
+    )
+    parser.add_argument("--pooled-grid", type=int, help="pooled tokens per side of a frame")
     parser.add_argument("--quantization", default="auto", help="auto, none, 8bit or 4bit")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--max-frames", type=int, help="frames to sample at most")
@@ -57,7 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
         from model.video_sandbox import probe
 
         probe(args.video)  # a bad file is known before the model is loaded
-        engine = Engine.load(args.model, quantization=args.quantization, device=args.device)
+        engine = Engine.load(
+            args.model,
+            quantization=args.quantization,
+            device=args.device,
+            pooled_grid=args.pooled_grid,
+        )
         request = AskRequest(args.video, args.question, max_frames=args.max_frames)
         answer = None
         for event in engine.ask(request):

@@ -48,6 +48,7 @@ def convert(
     *,
     llm: str | Path | None = None,
     pooled_grid: int | None = None,
+    name: str | None = None,
 ) -> Path:
     """Write a CrossLMM folder from published weights, reading one tensor at a time.
 
@@ -58,6 +59,7 @@ def convert(
         llm: folder or hub id of a Qwen2 or Qwen2.5 LLM.
         pooled_grid: side of the pooled grid. LLaVA-OneVision: 1 up to its own (14), the default.
             Encoder and LLM: 1 up to the encoder's grid, by default 3.
+        name: what the page calls it; by default the target's.
 
     Returns:
         `target`. It appears only when it is complete.
@@ -94,7 +96,7 @@ def convert(
         if generation.is_file():
             shutil.copy(generation, building)
         write_processor(plan.config, folder, tokenizer_folder, building)
-        card = {"name": target.name, "note": note}
+        card = {"name": name or target.name, "note": note}
         (building / "card.json").write_text(json.dumps(card, indent=2) + "\n")
         if target.exists():
             target.rmdir()
@@ -163,7 +165,7 @@ def _from_llava_onevision(folder: Path, pooled_grid: int | None) -> _Plan:
         frame_separator=True,
         projector_hidden_act=source.projector_hidden_act,
         video_token_id=source.video_token_index,
-        max_frames=_max_frames(source.text_config, pooled_grid),
+        max_frames=most_frames(source.text_config, pooled_grid),
     )
     return _Plan(config, [(reader, llava_onevision_names(config))], NEW)
 
@@ -185,7 +187,7 @@ def _from_encoder_and_llm(folder: Path, llm: Path, pooled_grid: int | None) -> _
         vision_config=_vision(vision, vision.num_hidden_layers),
         text_config=_text(text, reader, lm_head, text.tie_word_embeddings),
         pooled_grid=pooled_grid,
-        max_frames=_max_frames(text, pooled_grid),
+        max_frames=most_frames(text, pooled_grid),
         video_token_id=video_token_id(llm, text.vocab_size),
     )
     parts = [(CheckpointReader(folder), encoder_names), (reader, llm_names(config))]
@@ -231,7 +233,7 @@ def _text(
     return {**text.to_dict(), "tie_word_embeddings": tied}
 
 
-def _max_frames(text: PreTrainedConfig, pooled_grid: int) -> int:
+def most_frames(text: PreTrainedConfig, pooled_grid: int) -> int:
     """As many frames as fit the LLM's positions, at most the usual 256."""
     positions = text.max_position_embeddings
     room = positions - min(ANSWER_ROOM, positions // 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model.checkpoint_files import read_json
@@ -89,7 +90,7 @@ def video_token_id(folder: Path, vocab_size: int) -> int:
 
 
 def _image_settings(folder: Path, image_size: int) -> dict[str, Any]:
-    """Mean and standard deviation of the pixels; the size must be the encoder's own."""
+    """How pixels are resampled and normalised; the size must be the encoder's own."""
     for name, key in IMAGE_SETTINGS:
         if not (folder / name).is_file():
             continue
@@ -104,7 +105,17 @@ def _image_settings(folder: Path, image_size: int) -> dict[str, Any]:
                 f"{folder / name} resizes to {side} pixels, but the encoder in config.json takes "
                 f"{image_size}; download both from the same place."
             )
-        return {"image_mean": content["image_mean"], "image_std": content["image_std"]}
+        resample = content.get("resample", Image.Resampling.BICUBIC)
+        if resample not in set(Image.Resampling):
+            raise InputError(
+                f"{folder / name}: resample is {resample!r}; expected one of Pillow's numbers, "
+                "as 2 (bilinear) or 3 (bicubic)."
+            )
+        return {
+            "image_mean": content["image_mean"],
+            "image_std": content["image_std"],
+            "resample": int(resample),
+        }
     raise InputError(
         f"{folder} holds no preprocessor_config.json with image_mean and image_std; download it."
     )

@@ -29,8 +29,9 @@ Video = tuple[np.ndarray, Sequence[float]]  # frames (T, H, W, 3) uint8 and thei
 class CrossLMMProcessor(ProcessorMixin):
     """Tokenizer, frame preparation and prompt layout that belong to one checkpoint.
 
-    Frames are squashed to a square with bicubic resampling and normalised, exactly as transformers'
-    SigLIP processor does with Pillow (no torchvision needed).
+    Frames are squashed to a square and normalised, exactly as transformers' SigLIP processor does
+    with Pillow (no torchvision needed). `resample` is Pillow's number: 3 bicubic (SigLIP,
+    LLaVA-OneVision), 2 bilinear (SigLIP2).
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class CrossLMMProcessor(ProcessorMixin):
         image_size: int = 384,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        resample: int = Image.Resampling.BICUBIC,
         pooled_tokens_per_frame: int = 9,
         frame_separator: bool = False,
         frame_rate: float = 1.0,
@@ -51,6 +53,7 @@ class CrossLMMProcessor(ProcessorMixin):
         self.image_size = image_size
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.resample = int(resample)
         self.pooled_tokens_per_frame = pooled_tokens_per_frame
         self.frame_separator = frame_separator
         self.frame_rate = frame_rate
@@ -79,12 +82,9 @@ class CrossLMMProcessor(ProcessorMixin):
 
     def preprocess_frames(self, frames: Sequence[np.ndarray]) -> torch.Tensor:
         """Frames (H, W, 3) uint8 of any sizes -> (n, 3, S, S) float32."""
-        size = (self.image_size, self.image_size)
+        size, resample = (self.image_size, self.image_size), Image.Resampling(self.resample)
         resized = np.stack(
-            [
-                np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
-                for frame in frames
-            ]
+            [np.asarray(Image.fromarray(frame).resize(size, resample)) for frame in frames]
         )
         pixels = torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 255
         mean, std = (

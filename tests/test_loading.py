@@ -35,9 +35,9 @@ def test_llava_onevision_is_converted_once_and_says_that_it_is_closed(
     assert other.info.pooled_tokens_per_frame == 1
 
 
-def test_an_llm_alone_is_refused_with_the_command_that_helps(tmp_path: Path) -> None:
+def test_an_llm_alone_is_refused_with_what_helps(tmp_path: Path) -> None:
     save_qwen2(tmp_path)
-    with pytest.raises(InputError, match="model.conversion ENCODER TARGET --llm LLM"):
+    with pytest.raises(InputError, match=r"given as ENCODER\+LLM"):
         loading.load(tmp_path)
 
 

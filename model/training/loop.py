@@ -20,9 +20,9 @@ from accelerate.utils import (
     tqdm,
 )
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
-from model.loading import checkpoint_folder
+from model.loading import checkpoint_folder, load_processor
 from model.training.checkpoints import keep_trained_only, newest, save_checkpoint, write_model
 from model.training.collate import Batch, Collator
 from model.training.data import IGNORE, LlavaDataset, read_records
@@ -98,8 +98,7 @@ class Run:
         }
         crosslmm = load_base(self.folder, stage, **base)
         self.config = crosslmm.config
-        self.processor = AutoProcessor.from_pretrained(self.folder)
-        self.processor.pooled_tokens_per_frame = self.config.pooled_tokens_per_frame
+        self.processor = load_processor(self.folder, self.config)
         teacher, grid = None, None
         if args.distill:
             grid = args.teacher_grid or full_grid(self.config)
