@@ -19,6 +19,7 @@ from app.sessions import Sessions
 from app.settings import Settings
 from app.sources import list_samples
 from app.worker import Worker
+from app.zero_worker import NEEDS_SPACES, ZeroWorker, wanted
 
 NO_TUNNEL = (
     "No public link: the tunnel for --share could not be made. This machine must reach "
@@ -36,7 +37,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     if settings.mcp and find_spec("mcp") is None:
         print(NO_MCP, file=sys.stderr)
         return 2
-    worker = Worker(settings)  # loads the model while the page starts
+    if settings.worker == "zerogpu" and find_spec("spaces") is None:
+        print(NEEDS_SPACES, file=sys.stderr)
+        return 2
+    # A resident worker loads the model while the page starts; on ZeroGPU it must be there before.
+    worker = ZeroWorker(settings) if wanted(settings) else Worker(settings)
     sessions = Sessions(settings, worker.forget)
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -63,7 +68,9 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _serve(settings: Settings, worker: Worker, sessions: Sessions, ended: threading.Event) -> int:
+def _serve(
+    settings: Settings, worker: Worker | ZeroWorker, sessions: Sessions, ended: threading.Event
+) -> int:
     # Gradio reads these when it is imported, and keeps uploads there.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(sessions.disk.uploads)

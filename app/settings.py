@@ -225,6 +225,23 @@ class Settings:
         600.0, "limits", float, "... and this long after the page was closed", "S", shared=120.0
     )
 
+    worker: str = option(
+        "auto",
+        "worker",
+        str.lower,
+        "where turns run: a process that keeps the model (resident), or calls of a GPU that is "
+        "lent by the second (zerogpu); auto takes zerogpu in a ZeroGPU Space",
+        choices=("auto", "resident", "zerogpu"),
+    )
+    gpu_operations_per_second: float = option(
+        1e14, "worker", float, "speed that zerogpu turns are planned with", "N"
+    )
+    gpu_start_seconds: float = option(
+        15.0, "worker", float, "planned for lending a GPU and moving the model to it", "S"
+    )
+    gpu_most_seconds: float = option(
+        120.0, "worker", float, "longest time that a GPU is asked for", "S"
+    )
     engine: str = option(
         "model.engine:Engine", "worker", str, "class that answers, as module:name", "NAME"
     )

@@ -55,6 +55,12 @@ class Status:
     error: str = ""
 
 
+def busy(waiting: int) -> Failure:
+    """What a question gets for which there is no room."""
+    text = f"Busy: {waiting} questions are waiting already. Please try again in a minute."
+    return Failure(text, user=False)
+
+
 class Worker:
     """Starts on creation; `submit` from any thread, then read the job's events."""
 
@@ -103,13 +109,7 @@ class Worker:
                 job.put(Failure(self._error or CLOSING, user=False))
                 return job
             if len(self._waiting) >= self._settings.queue_size:
-                job.put(
-                    Failure(
-                        f"Busy: {len(self._waiting)} questions are waiting already. "
-                        "Please try again in a minute.",
-                        user=False,
-                    )
-                )
+                job.put(busy(len(self._waiting)))
                 log("job_refused", job=job.id, waiting=len(self._waiting))
                 return job
             self._waiting.append(job)

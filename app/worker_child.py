@@ -165,7 +165,7 @@ def serve(
     )
     beats.start()
     try:
-        engine = _load(settings)
+        engine = load_engine(settings)
     except Exception as error:  # any failure to load is told on the page
         log("load_failed", error=type(error).__name__, where=_where(error))
         send(LoadFailed(f"The model could not be loaded: {error}"))
@@ -183,20 +183,21 @@ def serve(
             send(Idle(message.number))
 
 
-def _load(settings: Settings) -> Any:
+def load_engine(settings: Settings, **instead: Any) -> Any:
+    """Load what answers, as the settings say, but for `instead`."""
     # Before torch is there: its threads must sleep while they wait. Spinning ones stall each other
     # as soon as decoding, generating and other processes share a few cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     module, name = settings.engine.split(":", 1)
     factory = getattr(importlib.import_module(module), name)
-    return factory.load(
-        settings.model,
-        quantization=settings.quantization,
-        device=settings.device,
-        memory_budget=settings.memory_budget,
-        pooled_grid=settings.pooled_grid,
-        kv_precision=settings.kv_precision,
-    )
+    given = {
+        "quantization": settings.quantization,
+        "device": settings.device,
+        "memory_budget": settings.memory_budget,
+        "pooled_grid": settings.pooled_grid,
+        "kv_precision": settings.kv_precision,
+    }
+    return factory.load(settings.model, **given | instead)
 
 
 def _answer(
@@ -206,26 +207,28 @@ def _answer(
         for event in engine.ask(message.request, stopped):
             send(JobEventMessage(message.number, event))
         return
-    except Stopped:
-        last: Any = Cancelled()
-    except InputError as error:
-        last = Failure(str(error), user=True)
-    except MemoryError:
-        last = Failure("There is not enough memory for this video. Use fewer frames.", user=False)
-    except ModelFault as error:
-        last = Failure(str(error), user=False)
     except BrokenPipeError:
         os._exit(0)  # the page process is gone
     except Exception as error:  # a bug costs one question, not the worker
-        fatal = _is_fatal(error)
-        log("ask_failed", error=type(error).__name__, where=_where(error), fatal=fatal)
-        if fatal:
+        if _is_fatal(error):
+            log("ask_failed", error=type(error).__name__, where=_where(error), fatal=True)
             send(JobEventMessage(message.number, Failure(BROKEN, user=False)))
             os._exit(_BROKEN_CODE)
-        last = Failure(
-            "The model failed on this question. It is ready for the next one.", user=False
-        )
-    send(JobEventMessage(message.number, last))
+        send(JobEventMessage(message.number, last_event(error)))
+
+
+def last_event(error: Exception) -> Failure | Cancelled:
+    """What a job ends with when its turn raised this."""
+    if isinstance(error, Stopped):
+        return Cancelled()
+    if isinstance(error, InputError):
+        return Failure(str(error), user=True)
+    if isinstance(error, MemoryError):
+        return Failure("There is not enough memory for this video. Use fewer frames.", user=False)
+    if isinstance(error, ModelFault):
+        return Failure(str(error), user=False)
+    log("ask_failed", error=type(error).__name__, where=_where(error), fatal=False)
+    return Failure("The model failed on this question. It is ready for the next one.", user=False)
 
 
 def _is_fatal(error: Exception) -> bool:

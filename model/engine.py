@@ -21,6 +21,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from model.attention_summary import summarize
+from model.decoded import Decoded
 from model.filmstrip import frames_read
 from model.frame_encoder import FrameEncoder
 from model.guards import (
@@ -33,6 +34,7 @@ from model.guards import (
 from model.key_value_store import PRECISIONS
 from model.loading import Loaded, load
 from model.map_capture import MapCapture
+from model.planner import PlanSettings, predict
 from model.savings import count_savings
 from model.types import (
     MOST_FRAMES,
@@ -62,6 +64,7 @@ CHUNK_FRAMES = 16  # frames encoded and prefilled together
 CHUNKS_AHEAD = 2  # decoded chunks that may wait for the model
 THUMBNAIL_SIDE = 320  # pixels, longer side of the pictures kept for the page
 MANY_FRAMES, SMALL_SIDE = 512, 192  # above so many frames, pictures are smaller
+SECONDS_PER_TOKEN = 0.05  # of an answer, when its time is foretold
 FEATURES_SHARE = 8  # encoder features are kept for what-ifs up to this part of the budget
 
 _NO_MEMORY = (
@@ -80,6 +83,7 @@ class _Turn:
     key: tuple[object, ...]
     max_frames: int
     what_if: WhatIf
+    decoded: Decoded | None = None
     started: float = field(default_factory=time.perf_counter)
     planned: int = 0  # frames of the first try
     said: bool = False
@@ -173,8 +177,41 @@ class Engine:
         """Drop everything that is kept of a file."""
         self.pool.drop(lambda key: key[0] == str(video))
 
-    def ask(self, request: AskRequest, stop: StopCheck = lambda: False) -> Iterator[Event]:
-        """Answer one question.
+    def decode(self, request: AskRequest, folder: Path, stop: StopCheck = lambda: False) -> Decoded:
+        """Read a question's video without the model, into a file in `folder`; see `ask`."""
+        bounds = request.bounds
+        info = probe(request.video, stop=stop, bounds=bounds)
+        times = sample_times(
+            info.duration,
+            max_frames=min(request.max_frames or self.processor.max_frames, MOST_FRAMES),
+            frame_rate=self.processor.frame_rate,
+        )
+        chunks: queue.Queue = queue.Queue()
+        self._decode(info, times, bounds, chunks, stop)
+        return Decoded.collect(chunks, folder, info, len(times), stop)
+
+    def model_seconds(
+        self, request: AskRequest, frames: int, operations_per_second: float
+    ) -> float:
+        """Foretell what the model needs for a question about a video that it has not read."""
+        tokens = request.max_new_tokens or self.crosslmm.generation_config.max_new_tokens or 128
+        settings = PlanSettings(
+            text_tokens=len(request.question) // 2 + 64,
+            generated_tokens=tokens,
+            dtype=self.info.dtype,
+            weights_loaded=True,
+            operations_per_second=operations_per_second,
+        )
+        planned = predict(self.crosslmm.config, frames, self.info.kv_precision, settings)
+        return (planned.seconds or 0.0) + tokens * SECONDS_PER_TOKEN
+
+    def ask(
+        self,
+        request: AskRequest,
+        stop: StopCheck = lambda: False,
+        decoded: Decoded | None = None,
+    ) -> Iterator[Event]:
+        """Answer one question; `decoded` are the video's frames where they were read before.
 
         Yields `Progress` and `Piece` events and ends with one `Answer`. After `stop()` turns true
         the answer so far ends the turn.
@@ -191,7 +228,7 @@ class Engine:
         stat = Path(request.video).stat() if Path(request.video).exists() else None
         key = (str(request.video), stat and (stat.st_mtime_ns, stat.st_size), max_frames)
         what_if = check_tokens(request.what_if, self.crosslmm.config)
-        turn = _Turn(request, prefix, suffix, key, min(max_frames, MOST_FRAMES), what_if)
+        turn = _Turn(request, prefix, suffix, key, min(max_frames, MOST_FRAMES), what_if, decoded)
         try:
             yield from self._try(turn, stop)
             return
@@ -270,7 +307,8 @@ class Engine:
     def _read(self, turn: _Turn, stop: StopCheck) -> Generator[Event, None, VideoEntry]:
         path, bounds = turn.request.video, turn.request.bounds
         yield Progress("reading", 0, 0)
-        info = probe(path, stop=stop, bounds=bounds)
+        decoded = turn.decoded
+        info = probe(path, stop=stop, bounds=bounds) if decoded is None else decoded.info
         rate = self.processor.frame_rate
         times = sample_times(info.duration, max_frames=turn.max_frames, frame_rate=rate)
         turn.planned = turn.planned or len(times)
@@ -283,11 +321,15 @@ class Engine:
         entry.clamped = turn.key[-1] > MOST_FRAMES and len(times) == MOST_FRAMES
         chunks: queue.Queue = queue.Queue(CHUNKS_AHEAD)
         quit_reading = threading.Event()
-        reader = threading.Thread(
-            target=self._decode,
-            args=(info, times, bounds, chunks, lambda: quit_reading.is_set() or stop()),
-            daemon=True,
-        )
+
+        def quitting() -> bool:
+            return quit_reading.is_set() or stop()
+
+        if decoded is not None and decoded.asked == len(times):
+            reader = threading.Thread(target=decoded.feed, args=(chunks, quitting), daemon=True)
+        else:
+            arguments = info, times, bounds, chunks, quitting
+            reader = threading.Thread(target=self._decode, args=arguments, daemon=True)
         reader.start()
         total = len(times)
         self._layer_stop.check = stop

@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,20 @@ INFO = ModelInfo(
 )
 
 
+@dataclass(frozen=True)
+class FakeDecoded:
+    file: Path
+    frames: int
+
+
+def _note(what: str) -> None:
+    """Write down where something ran, for tests of turns on a lent GPU."""
+    if "FAKE_LOG" in os.environ:
+        lent = os.environ.get("ON_LENT_GPU", "no")
+        with Path(os.environ["FAKE_LOG"]).open("a", encoding="utf-8") as log:
+            log.write(f"{what} lent={lent}\n")
+
+
 class FakeEngine:
     info = INFO
 
@@ -88,7 +103,24 @@ class FakeEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         return cls()
 
-    def ask(self, request: AskRequest, stop: StopCheck) -> Iterator[Event]:
+    def decode(self, request: AskRequest, folder: Path, stop: StopCheck) -> FakeDecoded:
+        _note("decode")
+        _Gates(stop if "gated" in request.question else None).wait_at("reading")
+        if "undecodable" in request.question:
+            raise InputError("This video cannot be decoded.")
+        file = folder / f"{len(self.kept)}.pt"
+        file.touch()
+        return FakeDecoded(file, min(request.max_frames or 48, 48))
+
+    def model_seconds(self, request: AskRequest, frames: int, speed: float) -> float:
+        return frames * 1e14 / speed
+
+    def ask(
+        self, request: AskRequest, stop: StopCheck, decoded: FakeDecoded | None = None
+    ) -> Iterator[Event]:
+        if decoded is not None:
+            assert decoded.file.exists()
+            _note("ask")
         words = set(request.question.lower().replace("?", " ").split())
         slow = "slow" in words  # has to be stopped: it would take minutes
         gates = _Gates(stop if "gated" in words else None)
