@@ -2,8 +2,9 @@
 
     python -m model.conversion SOURCE TARGET [--llm ID] [--pooled-grid G]
 
-Dual cross-attention comes new and with closed gates, so a converted LLaVA-OneVision answers as it
-did, and an encoder with an LLM is the untrained start of the paper's recipe.
+Dual cross-attention comes with closed gates, so a converted LLaVA-OneVision answers as it did; its
+projections start as a copy of the layers' own self-attention. An encoder with an LLM is the
+untrained start of the paper's recipe.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from model.checkpoint_files import CheckpointReader, ShardWriter, local_folder, read_json, some
 from model.configuration_crosslmm import CrossLMMConfig
+from model.conversion_branches import branch_weights
 from model.conversion_names import Rename, encoder_names, llava_onevision_names, llm_names
 from model.conversion_processor import video_token_id, write_processor
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
@@ -40,6 +42,7 @@ class _Plan:
     config: CrossLMMConfig
     parts: list[tuple[CheckpointReader, Rename]]  # weights, and what they are called here
     new: tuple[str, ...]  # modules without published weights, by the end of their path
+    seeded: bool  # the LLM reads visual tokens already: new branches start from its self-attention
 
 
 def convert(
@@ -167,7 +170,7 @@ def _from_llava_onevision(folder: Path, pooled_grid: int | None) -> _Plan:
         video_token_id=source.video_token_index,
         max_frames=most_frames(source.text_config, pooled_grid),
     )
-    return _Plan(config, [(reader, llava_onevision_names(config))], NEW)
+    return _Plan(config, [(reader, llava_onevision_names(config))], NEW, seeded=True)
 
 
 def _from_encoder_and_llm(folder: Path, llm: Path, pooled_grid: int | None) -> _Plan:
@@ -191,7 +194,7 @@ def _from_encoder_and_llm(folder: Path, llm: Path, pooled_grid: int | None) -> _
         video_token_id=video_token_id(llm, text.vocab_size),
     )
     parts = [(CheckpointReader(folder), encoder_names), (reader, llm_names(config))]
-    return _Plan(config, parts, (*NEW, "multi_modal_projector"))
+    return _Plan(config, parts, (*NEW, "multi_modal_projector"), seeded=False)
 
 
 def _require(folder: Path, name: str, found: object, expected: object) -> None:
@@ -257,12 +260,33 @@ def _write_weights(plan: _Plan, folder: Path) -> None:
         for path in new_modules:
             module = skeleton.get_submodule(path).to_empty(device="cpu")
             module.apply(skeleton._init_weights)
-            for name, weight in module.state_dict().items():
+            weights = module.state_dict()
+            if plan.seeded and path.endswith("dual_cross_attention"):
+                weights |= _seeds(plan, path)
+            for name, weight in weights.items():
                 writer.add(f"{path}.{name}", weight.to(dtype))
             module.to("meta")
     writer.close()
     plan.config.architectures = [type(skeleton).__name__]
     plan.config.dtype = dtype
+
+
+def _seeds(plan: _Plan, path: str) -> dict[str, torch.Tensor]:
+    """Weights of a layer's two branches, from its own self-attention."""
+    layer = path.removesuffix("dual_cross_attention")
+    sources = {
+        rename(name): (reader, name) for reader, rename in plan.parts for name in reader.shapes
+    }
+
+    def read(name: str) -> torch.Tensor:
+        reader, published = sources[layer + name]
+        return reader.tensor(published)
+
+    return {
+        f"{branch}.{name}": weight.clone()
+        for name, weight in branch_weights(read)
+        for branch in ("v2v", "t2v")
+    }
 
 
 def _check_names(plan: _Plan, skeleton: nn.Module) -> list[str]:

@@ -20,6 +20,7 @@ from transformers import (
 
 from model.checkpoint_files import CheckpointReader, ShardWriter
 from model.conversion import convert, main
+from model.conversion_branches import seed_branches
 from model.loading import load as front_door
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.types import InputError
@@ -158,9 +159,6 @@ def test_everything_new_is_initialised_and_repeats(published: Path, tmp_path: Pa
     for (name, weight), other in zip(first.named_parameters(), second.parameters(), strict=True):
         assert weight.isfinite().all(), name
         assert torch.equal(weight, other), name
-    branch = first.model.language_model.layers[0].dual_cross_attention.v2v
-    assert 0.01 < branch.k_proj.weight.std() < 0.03
-    assert (branch.query_norm.weight == 1).all() and (branch.k_proj.bias == 0).all()
     assert (first.model.memory_norm.weight == 1).all()
 
 
@@ -237,6 +235,9 @@ def test_encoder_and_llm(tmp_path: Path) -> None:
     crosslmm = load(target)
     config = crosslmm.config
     assert (config.pooled_grid, config.video_token_id, config.tie_word_embeddings) == (3, 260, True)
+    branch = crosslmm.model.language_model.layers[0].dual_cross_attention.v2v
+    assert 0.01 < branch.k_proj.weight.std() < 0.03  # an LLM that saw no image has nothing to copy
+    assert (branch.query_norm.weight == 1).all() and (branch.k_proj.bias == 0).all()
     pixels = tiny_frames_28()[0]
     with torch.no_grad():
         features = siglip.vision_model(pixels, output_hidden_states=True).hidden_states[-1]
@@ -406,3 +407,26 @@ def test_full_tokens_and_a_trained_gate_differ(published: Path, tmp_path: Path) 
     for i in crosslmm.config.dcal_layers:
         randomize(crosslmm.model.language_model.layers[i].dual_cross_attention, gate=0.7)
     assert (video_logits(crosslmm, 260, FRAMES * 16 + 1) - closed).abs().max() > 0.1
+
+
+def test_new_branches_start_from_the_layers_self_attention(published: Path, tmp_path: Path) -> None:
+    """On the same tokens, without rotation, a branch computes what the self-attention does."""
+    crosslmm = load(convert(published, tmp_path / "target"))
+    assert not any(gate for pair in crosslmm.gates for gate in pair)
+    crosslmm.model.memory_norm.weight.data.fill_(1.0)
+    tokens = torch.randn(1, 5, crosslmm.config.hidden_size)
+    for i in crosslmm.config.dcal_layers:
+        layer = crosslmm.model.language_model.layers[i]
+        normed = layer.input_layernorm(tokens)
+        memory = crosslmm.model.memory_norm(tokens)
+        for branch in layer.dual_cross_attention.children():
+            with torch.no_grad():
+                query = branch.queries(tokens).transpose(1, 2).flatten(-2)
+                torch.testing.assert_close(query, layer.self_attn.q_proj(normed))
+                for found, name in zip(branch.keys_values(memory), "kv", strict=True):
+                    expected = getattr(layer.self_attn, f"{name}_proj")(normed)
+                    torch.testing.assert_close(found.transpose(1, 2).flatten(-2), expected)
+    again = load(convert(published, tmp_path / "again"))
+    seed_branches(again)
+    for name, weight in again.named_parameters():
+        assert torch.equal(weight, crosslmm.get_parameter(name)), name

@@ -362,6 +362,21 @@ def test_two_processes_do_what_one_does(
         assert json.loads(skipped)["record"] == 6 and "broken.mp4" in skipped
 
 
+def test_sharded_weights_give_the_same_losses(
+    base: Path, data: Path, media: Path, tmp_path: Path
+) -> None:
+    """What accelerate's FSDP 2 does to the modules of the example configs, on two processes."""
+    found = {}
+    for count in (1, 2):
+        out = tmp_path / f"{count}.json"
+        launch = f"torch.distributed.run --standalone --nproc-per-node {count} -m tests.sharded"
+        argv = [sys.executable, "-m", *launch.split(), base, data, media, out]
+        subprocess.run([str(x) for x in argv], cwd=ROOT, check=True)
+        found[count] = json.loads(out.read_text())
+    assert found[2] == pytest.approx(found[1], rel=1e-4)
+    assert found[1][-1] < found[1][0]
+
+
 def test_errors_are_one_sentence(
     base: Path,
     data: Path,

@@ -90,10 +90,15 @@ class DistillLoss(AnswerLoss):
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
 
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The loss of a batch that also has `teacher_input_ids` and the like."""
+        """The loss of a batch that also has `teacher_input_ids` and the like.
+
+        Or `teacher_log_probs` (tokens, V), where the teacher has been asked already.
+        """
         features = self.features(batch)
-        with torch.no_grad():
-            wanted = self._teacher_logits(batch, features).float().log_softmax(-1)
+        wanted = batch.get("teacher_log_probs")
+        if wanted is None:
+            with torch.no_grad():
+                wanted = self._teacher_logits(batch, features).float().log_softmax(-1)
         logits, _ = self.student(batch, features)
         given = logits.float().log_softmax(-1)
         return F.kl_div(given, wanted, reduction="sum", log_target=True)
