@@ -138,8 +138,9 @@ async def run_turn(
         max_new_tokens=choices.max_new_tokens or settings.max_new_tokens,
         strongest_frames=settings.strongest_frames,
         bounds=settings.read_bounds,
+        map_bytes=settings.map_bytes,
     )
-    turn = Turn(question)
+    turn = Turn(question, request=request)
     session.turns.append(turn)
     job = session.job = worker.submit(request)
     try:
@@ -153,7 +154,7 @@ async def run_turn(
             rest = [one for one in batch if not isinstance(one, FramesRead)]
             update = _apply(rest, turn, pace) if rest else Update(line)
             update, line = replace(update, frames=any(seen)), update.line
-            _drop_old_maps(session, turn)
+            _drop_old_maps(session, turn, settings.kept_maps)
             yield _with_remark(update, session)
             if not update.finished:
                 await asyncio.sleep(_UPDATE_SECONDS)
@@ -163,12 +164,16 @@ async def run_turn(
             job.cancel()
 
 
-def _drop_old_maps(session: Session, newest: Turn) -> None:
-    """Keep the attention of one answer for a visitor: that of a long answer fills megabytes."""
+def _drop_old_maps(session: Session, newest: Turn, most: int) -> None:
+    """Keep the attention of a visitor's last answers only: that of a long one fills megabytes."""
     if newest.result is None:
         return
-    for turn in session.turns:
-        if turn is not newest and turn.result is not None:
+    kept = 0
+    for turn in reversed(session.turns):
+        if turn.result is None or turn.result.attention is None:
+            continue
+        kept += 1
+        if kept > most:
             turn.result = replace(turn.result, attention=None)
 
 

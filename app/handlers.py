@@ -14,7 +14,7 @@ from app import fragments, links
 from app.chat import Line, Update, run_turn
 from app.disk import NO_ROOM
 from app.downloads import Downloaded, Downloads
-from app.panels.attention import attention_panel
+from app.look_handlers import LookHandlers, LookParts
 from app.panels.run_card import run_card_section
 from app.panels.savings import savings_panel
 from app.panels.timeline import timeline
@@ -48,6 +48,8 @@ class Components:
     stop: gr.Button
     note: gr.HTML
     attention: gr.HTML
+    what_if: gr.HTML
+    what_if_result: gr.HTML
     savings: gr.HTML
 
 
@@ -73,6 +75,8 @@ class Handlers:
         self._samples = samples
         self._page = page
         self.downloads = Downloads(settings)
+        parts = LookParts(page.attention, page.what_if, page.what_if_result)
+        self.look = LookHandlers(settings, worker, sessions, parts)
 
     def session(self, request: gr.Request) -> Session:
         """Return the session of whoever calls."""
@@ -225,13 +229,9 @@ class Handlers:
         }
 
     def _panels(self, session: Session) -> Changes:
-        answer = session.last_answer()
-        shown = answer.attention if answer is not None else None
-        duration = answer.video.duration if answer is not None else 0.0
-        model = self._worker.status().model
         return {
             **self._timeline(session),
-            self._page.attention: attention_panel(shown, duration, model),
+            **self.look.show(session, session.turns[-1] if session.turns else None),
             self._page.savings: savings_panel(session.answers(), self._run_card(session)),
         }
 

@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from app.conversation import EXPORTS
 from app.health import report
+from app.look_handlers import look_route
 from app.sessions import Session, Sessions
 from app.sources import MEDIA_TYPES
 from app.worker import Worker
@@ -67,4 +68,5 @@ def routes(worker: Worker, sessions: Sessions) -> list[Route]:
         Route(f"/{MEDIA}/{{token}}", media),
         Route(f"/{EXPORT}/{{token}}/{{name}}", export),
         Route("/health", health),
+        look_route(worker, sessions),
     ]

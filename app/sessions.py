@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hmac import compare_digest
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +21,11 @@ from app.disk import Disk
 from app.filmstrip import Filmstrip
 from app.jobs import Job
 from app.logs import log
+from app.looking import Looking
 from app.moments import Moment
 from app.settings import Settings
 from app.sources import Video
-from model.types import Answer
+from model.types import Answer, AskRequest
 
 Outcome = Literal["running", "answered", "stopped", "failed"]
 
@@ -39,6 +41,7 @@ class Turn:
     outcome: Outcome = "running"
     problem: str = ""  # why it failed, one sentence
     result: Answer | None = field(default=None, compare=False)  # older ones without attention
+    request: AskRequest | None = field(default=None, compare=False)  # to ask it again, changed
     seen: Moment | None = None  # where its words looked, when that is pronounced
 
 
@@ -52,6 +55,7 @@ class Session:
     media: str = ""  # token under which the player gets the video
     turns: list[Turn] = field(default_factory=list)
     job: Job | None = None
+    looking: Looking = field(default_factory=Looking)  # what the attention panel shows
     replacing: bool = False  # the next question takes the place of the last one
     strip: Filmstrip = field(default_factory=Filmstrip)  # of the current video
     remark: str = ""  # told beside the running turn's own progress
@@ -158,6 +162,13 @@ class Sessions:
             (one for one in every if secrets.compare_digest(one.export.encode(), token.encode())),
             None,
         )
+
+    def looking(self, token: str) -> Looking | None:
+        """Return what a visitor looks at, by the token of its pictures and files."""
+        with self._lock:
+            every = [session.looking for session in self._by_key.values()]
+        wanted = token.encode()
+        return next((one for one in every if compare_digest(one.token.encode(), wanted)), None)
 
     def leave(self, key: str | None) -> None:
         """Note a closed page: its job stops now, the rest goes a little later (it may return)."""

@@ -126,6 +126,12 @@ class Settings:
     strongest_frames: int = option(
         6, "model", int, "pictures in the panel of strongest frames", "N"
     )
+    map_bytes: int = option(
+        16 * 2**20, "model", parse_bytes, "most that the attention maps of an answer take", "SIZE"
+    )
+    kept_maps: int = option(
+        4, "model", int, "a visitor's last answers whose attention maps are kept", "N"
+    )
 
     host: str | None = option(
         None, "server", str, "address to listen on; only this machine when not given", "ADDRESS"

@@ -26,6 +26,8 @@ from app.upload import only_uploads
 from app.worker import Worker
 
 STATIC = Path(__file__).parent / "static"
+STYLES = ("page", "timeline", "attention", "saved")
+LOOK_SCRIPTS = ("attention", "what_if")
 
 _CACHE_LOOK_SECONDS, _CACHE_AGE_SECONDS = 600, 3600
 
@@ -78,11 +80,11 @@ def build(
                 question, ask, stop = _composer(settings)
                 note = _html("", elem_id="note")
             with gr.Column(elem_id="panels", min_width=300):
-                attention = _html(attention_panel(None, 0.0, None), elem_id="attention")
+                attention, what_if, what_if_result = _attention()
                 savings = _html(savings_panel(()), elem_id="savings")
         page = Components(
             upload, url, fetch, cancel, notice, player, timeline, chat, line, tools, chips,
-            question, ask, stop, note, attention, savings,
+            question, ask, stop, note, attention, what_if, what_if_result, savings,
         )  # fmt: skip
         handlers = Handlers(settings, worker, sessions, samples, page)
         _wire(demo, handlers, page, cards, status)
@@ -92,6 +94,16 @@ def build(
 
 def _html(value: str, **options: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, **options)
+
+
+def _attention() -> tuple[gr.HTML, gr.HTML, gr.HTML]:
+    """The panel "Where it looked", its form for what-ifs, and their result."""
+    scripts = [(STATIC / f"{name}.js").read_text(encoding="utf-8") for name in LOOK_SCRIPTS]
+    return (
+        _html(attention_panel(None, None), elem_id="attention", js_on_load=scripts[0]),
+        _html("", elem_id="what-if", js_on_load=scripts[1]),
+        _html("", elem_id="what-if-result", js_on_load=_SEND % {"name": "halt"}),
+    )
 
 
 def _sample_cards(sessions: Sessions, samples: Sequence[Sample]) -> gr.HTML:
@@ -181,7 +193,7 @@ def _wire(
 
     turn = [
         page.question, page.timeline, page.chat, page.line, page.tools, page.ask, page.stop,
-        page.attention, page.savings,
+        page.attention, page.what_if, page.what_if_result, page.savings,
     ]  # fmt: skip
     video = [page.upload, page.notice, page.player, page.chips, *turn]
     web = [page.url, page.fetch, page.cancel]
@@ -198,6 +210,9 @@ def _wire(
     on(page.chips.click, handlers.ask_chip, None, turn, trigger_mode="multiple")
     on(page.stop.click, handlers.stop, None, [page.ask, page.stop], queue=False)
     on(page.tools.click, handlers.use_tool, None, turn, trigger_mode="multiple")
+    on(page.attention.look, handlers.look.choose, None, [page.attention], queue=False)
+    on(page.what_if.again, handlers.look.try_what_if, None, [page.what_if_result])
+    on(page.what_if_result.click, handlers.look.stop_what_if, None, None, queue=False)
     on(status.ready, handlers.model_ready, None, [page.note, page.chips])
     on(demo.load, handlers.restore, None, video)
     demo.unload(handlers.leave)
@@ -259,7 +274,7 @@ def launch_options(settings: Settings, worker: Worker, sessions: Sessions) -> di
         "mcp_server": settings.mcp,
         "max_file_size": settings.max_upload_bytes,
         "theme": theme(),
-        "css_paths": [STATIC / "page.css", STATIC / "timeline.css", STATIC / "saved.css"],
+        "css_paths": [STATIC / f"{name}.css" for name in STYLES],
         "head": f"<script>{script}</script>",
         "favicon_path": STATIC / "favicon.png",
         "footer_links": ["api"],

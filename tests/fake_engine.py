@@ -9,7 +9,7 @@ It never stands in for the model outside of tests.
 
 from __future__ import annotations
 
-import io
+import dataclasses
 import os
 import signal
 import time
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from model.types import (
     Answer,
@@ -27,7 +26,6 @@ from model.types import (
     CurvePoint,
     Event,
     FramesRead,
-    FrameView,
     InputError,
     ModelFault,
     ModelInfo,
@@ -41,6 +39,7 @@ from model.types import (
     TokenCounts,
     VideoInfo,
 )
+from tests.fake_maps import picture, views, with_maps
 
 LAYERS = (0, 2, 4)
 GRID = 14
@@ -191,7 +190,8 @@ def _times(request: AskRequest) -> np.ndarray:
 
 def _frames(request: AskRequest) -> FramesRead:
     info, times = _probe(request.video), _times(request).tolist()
-    shown = [(time, _picture(info, index)) for index, time in enumerate(times) if index % 4 == 1]
+    height = _picture_height(info)
+    shown = [(t, picture(320, height, index)) for index, t in enumerate(times) if index % 4 == 1]
     return FramesRead(0, tuple(times), tuple(shown))
 
 
@@ -201,7 +201,7 @@ def _answer(
     info, times = _probe(request.video), _times(request)
     frames = len(times)
     spent = (0.0, 0.0, 0.0) if reused else (0.4 * first, 0.4 * first, 0.2 * first)
-    tokens = tuple(said.split())
+    tokens = tuple(said.replace(" ", "\0 ").split("\0"))
     return Answer(
         text=said,
         stopped=stopped,
@@ -209,7 +209,7 @@ def _answer(
         tokens=TokenCounts(frames * GRID * GRID, frames, 20, len(tokens)),
         timings=Timings(*spent, first, total),
         frame_times=times,
-        attention=_attention(times, tokens, info, request) if tokens else None,
+        attention=_attention(times, tokens, info, request) if said else None,
         savings=_savings(frames, 20),
         memory_reused=reused,
         video=info,
@@ -254,31 +254,17 @@ def _attention(
     mass = (mass / mass.sum(1, keepdims=True)).astype(np.float32)
     t2v = np.repeat(mass[None], len(tokens), 0)
     mean = mass.mean(0)
-    order = np.argsort(-mean)[:strongest]
-    rows, columns = np.mgrid[0:GRID, 0:GRID]
-    views = []
-    for place, index in enumerate(order):
-        blob = np.exp(-((rows - 5 - place % 4) ** 2 + (columns - 9 + place) ** 2) / 4.0)
-        views.append(
-            FrameView(
-                index=int(index),
-                time=float(times[index]),
-                mass=float(mean[index]),
-                jpeg=_picture(info, int(index)),
-                patches=np.repeat(blob[None].astype(np.float32), len(LAYERS), 0),
-            )
-        )
+    order = [int(index) for index in np.argsort(-mean)[:strongest]]
+    height = _picture_height(info)
+    pictures = tuple(picture(320, height, index) for index in range(len(times)))
     peak = float(times[order[0]]) if len(order) else 0.0
-    return AttentionSummary(times, LAYERS, tokens, t2v, tuple(views), peak)
+    bare = AttentionSummary(times, LAYERS, tokens, t2v, (), peak, pictures=pictures)
+    full = dataclasses.replace(bare, frames=views(bare, order))
+    return with_maps(full, request, pictures) if request.map_bytes else full
 
 
-def _picture(info: VideoInfo, index: int) -> bytes:
-    width, height = 320, max(2, round(320 * info.height / info.width))
-    y, x = np.mgrid[0:height, 0:width]
-    pixels = np.stack([x * 255 // width, y * 255 // height, 0 * x + index * 5 % 256], -1)
-    out = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(out, "JPEG")
-    return out.getvalue()
+def _picture_height(info: VideoInfo) -> int:
+    return max(2, round(320 * info.height / info.width))
 
 
 def _probe(path: str) -> VideoInfo:

@@ -8,10 +8,11 @@
     return h ? `${h}:${two(m)}:${two(s)}` : `${m}:${two(s)}`;
   };
   const player = () => document.querySelector(".player video");
-  const seek = (seconds) => {
+  const seek = (seconds, stay = false) => {
     const video = player();
     if (!video) return;
     video.currentTime = seconds;
+    if (stay) return;
     const box = video.getBoundingClientRect();
     if (box.bottom < 40 || box.top > innerHeight - 40) {
       video.scrollIntoView({ behavior: "smooth", block: "center" });
@@ -32,7 +33,8 @@
       return seek(Number(link.getAttribute("href").split("#t=")[1]));
     }
     const plot = event.target.closest(".plot");
-    if (plot) return seek(timeIn(plot, event).seconds);
+    // A cell of the grid shows its frame beside it: the page stays there.
+    if (plot) return seek(timeIn(plot, event).seconds, plot.matches(".cell-plot"));
     if (event.target.closest("[data-theme-toggle]")) {
       const dark = document.body.classList.toggle("dark");
       document.documentElement.classList.toggle("dark", dark);

@@ -35,9 +35,13 @@ class ChatPage:
         self.shots = page.locator(".timeline .shot")
         self.pins = page.locator(".timeline .pin")
         self.savings = page.locator("#panel-savings")
-        self.rows = self.attention.locator("svg.cells")
+        self.rows = self.attention.locator(".cells")
         self.frames = self.attention.locator(".frame")
         self.plot = self.attention.locator(".plot")
+        self.words = self.attention.locator(".answer-words button:not(.every)")
+        self.cell = self.attention.locator("figure.cell")
+        self.what_if = page.locator(".what-if")
+        self.versus = page.locator("#panel-what-if")
 
     def open(self) -> ChatPage:
         self.page.goto(self.url)
@@ -75,6 +79,18 @@ class ChatPage:
     def use(self, tool: str) -> None:
         """Press one of the buttons beside the line: Retry, Edit, Undo, New conversation."""
         self.page.get_by_role("button", name=tool, exact=True).click()
+
+    def look(self, control: str) -> None:
+        """Press a control of the attention panel, for example `kind:self`."""
+        self.attention.locator(f'[data-look="{control}"]').click()
+        chosen = self.attention.locator(f'[data-look="{control}"][aria-pressed="true"]')
+        expect(chosen).to_have_count(1)
+
+    def click_cell(self, row: int, share: float) -> None:
+        """Click the grid in a row, at a share of the video's time."""
+        plot, cells = self.plot.bounding_box(), self.rows.nth(row).bounding_box()
+        middle = cells["y"] + cells["height"] / 2 - plot["y"]
+        self.plot.click(position={"x": plot["width"] * share, "y": middle})
 
     def at_stage(self, stage: str) -> None:
         expect(self.page.locator(f'.line-working[data-stage="{stage}"]')).to_be_visible()
