@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+
+from app.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -57,3 +63,28 @@ def test_every_linked_file_is_there() -> None:
     assert local
     for link in local:
         assert (ROOT / link).exists(), link
+
+
+def test_the_front_matter_is_that_of_a_space() -> None:
+    matter = yaml.safe_load(README.split("---\n")[1])
+    colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+    assert {matter["colorFrom"], matter["colorTo"]} <= colours
+    assert (matter["sdk"], matter["license"]) == ("gradio", "apache-2.0")
+    assert (ROOT / matter["app_file"]).is_file()
+    assert len(matter["short_description"]) <= 60
+    assert matter["python_version"] in ("3.10", "3.12")  # what ZeroGPU offers
+    needed = {
+        requirement.name: requirement.specifier
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if (named := line.split("#")[0].strip())
+        for requirement in [Requirement(named)]
+    }
+    assert matter["sdk_version"] in needed["gradio"]
+    assert "2.11.0" in needed["torch"]  # the newest there
+
+
+def test_every_option_in_a_command_is_one() -> None:
+    known = {"--" + one.name.replace("_", "-") for one in dataclasses.fields(Settings)} | {"--help"}
+    for line in README.splitlines():
+        for command in re.findall(r"app\.py((?: --?[\w-]+(?: [^-`#\s][^\s`]*)?)+)", line):
+            assert set(re.findall(r"--[\w-]+", command)) <= known, line
