@@ -43,9 +43,9 @@ TRAINED_KINDS = (
     "outside",
 )  # fmt: skip
 FRAMES_PER_STEP = 80
-QUESTIONS_PER_VIDEO = 7
+QUESTIONS_PER_VIDEO = 6
 TRIES = 8  # videos drawn to find one that allows a kind of question
-MOST_VIDEOS = 14  # of short ones: text then costs more than frames
+MOST_VIDEOS = 8  # of short ones: text then costs more than frames
 WHOLE_FROM = 0.8  # of the training time: from here on every patch is in the memory
 VARIED_FROM = 12  # frames at which "when" is good: then videos start late and are sampled thinly
 INTERVALS = (1, 1, 1, 2, 3, 5, 7)  # seconds between sampled frames, once "when" works

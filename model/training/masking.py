@@ -47,6 +47,31 @@ def other_stretch(taken: tuple[Stretch, ...], end: float, rng: random.Random) ->
     return None
 
 
+def masking(engine: Engine, seed: int, videos: int, frames: int) -> dict[str, dict[str, float]]:
+    """Share of right answers that change, by kind and for all."""
+    changed: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        for world in held_out_worlds(seed, videos, frames, 1.0):
+            path, rng = Film().write(world, Path(folder)), seeded("masking", world.seed)
+            for qa in asked_of(engine, world, path, known_kinds(engine), frames):
+                spans = evidence_stretches(qa)
+                other = other_stretch(spans, world.duration, rng) if spans else None
+                if other is None or sum(b - a for a, b in spans) > LONGEST * world.duration:
+                    continue
+                answer = ask(engine, path, qa.question, frames).text
+                if answer != qa.answer:  # a wrong answer has no cause worth finding
+                    continue
+                masked = [
+                    ask(engine, path, qa.question, frames, WhatIf(hidden=hidden)).text
+                    for hidden in (spans, (other,))
+                ]
+                changed[qa.kind].append((masked[0] != answer, masked[1] != answer))
+            engine.forget(str(path))
+    rows = {kind: _shares(pairs) for kind, pairs in sorted(changed.items())}
+    rows["all"] = _shares([pair for pairs in changed.values() for pair in pairs])
+    return rows
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -56,27 +81,7 @@ def main() -> None:
     parser.add_argument("--model", default=None)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    engine = Engine.load(args.model)
-    changed: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        for world in held_out_worlds(args.seed, args.videos, args.frames, 1.0):
-            path, rng = Film().write(world, Path(folder)), seeded("masking", world.seed)
-            for qa in asked_of(engine, world, path, known_kinds(engine), args.frames):
-                spans = evidence_stretches(qa)
-                other = other_stretch(spans, world.duration, rng) if spans else None
-                if other is None or sum(b - a for a, b in spans) > LONGEST * world.duration:
-                    continue
-                answer = ask(engine, path, qa.question, args.frames).text
-                if answer != qa.answer:  # a wrong answer has no cause worth finding
-                    continue
-                masked = [
-                    ask(engine, path, qa.question, args.frames, WhatIf(hidden=hidden)).text
-                    for hidden in (spans, (other,))
-                ]
-                changed[qa.kind].append((masked[0] != answer, masked[1] != answer))
-            engine.forget(str(path))
-    rows = {kind: _shares(pairs) for kind, pairs in sorted(changed.items())}
-    rows["all"] = _shares([pair for pairs in changed.values() for pair in pairs])
+    rows = masking(Engine.load(args.model), args.seed, args.videos, args.frames)
     if args.json:
         print(json.dumps(rows))
         return

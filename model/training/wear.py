@@ -27,6 +27,20 @@ FILMS = {
 }
 
 
+def wear(engine: Engine, seed: int, videos: int, frames: int) -> dict[str, dict[str, float]]:
+    """Share of right answers, number of questions and points lost, of each film."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, film in FILMS.items():
+        worlds = held_out_worlds(seed, videos, frames, 1.0)
+        report = measure(engine, worlds, known_kinds(engine), frames, film).report()
+        rows[name] = {
+            "overall": report["overall"],
+            "n": sum(row["n"] for row in report["kinds"].values()),
+        }
+        rows[name]["points_lost"] = round(100 * (rows[PLAIN]["overall"] - report["overall"]), 1)
+    return rows
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -36,18 +50,12 @@ def main() -> None:
     parser.add_argument("--model", default=None)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    engine = Engine.load(args.model)
-    rows: dict[str, dict[str, float]] = {}
-    for name, film in FILMS.items():
-        worlds = held_out_worlds(args.seed, args.videos, args.frames, 1.0)
-        report = measure(engine, worlds, known_kinds(engine), args.frames, film).report()
-        asked = sum(row["n"] for row in report["kinds"].values())
-        rows[name] = {"overall": report["overall"], "n": asked}
-        rows[name]["points_lost"] = round(100 * (rows[PLAIN]["overall"] - report["overall"]), 1)
-        if not args.json:
-            print(f"{name:40} {report['overall']:.3f}  n {asked}", flush=True)
+    rows = wear(Engine.load(args.model), args.seed, args.videos, args.frames)
     if args.json:
         print(json.dumps(rows))
+        return
+    for name, row in rows.items():
+        print(f"{name:40} {row['overall']:.3f}  n {row['n']}  points lost {row['points_lost']}")
 
 
 if __name__ == "__main__":
