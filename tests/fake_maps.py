@@ -30,7 +30,8 @@ def with_maps(
     focused = "focused" in request.question  # all of it looks at the same moment
     turns = (np.arange(tokens) % 2 == 1) & (not focused)
     both = np.stack([np.where(t, base[:, ::-1], base) for t in turns])[:, :, None]
-    both = np.concatenate([both, np.roll(both, 0 if focused else 3, axis=-1)], axis=2) * shown  # (W, K, H, T)
+    turned = np.roll(both, 0 if focused else 3, axis=-1)
+    both = np.concatenate([both, turned], axis=2) * shown  # (W, K, H, T)
     text = _map("t2v", "share", summary.layers, both, _blobs(tokens, len(summary.layers), frames))
     calm = 0.6 * np.repeat(base.mean(0)[None, None, None], LLM_LAYERS, 1)
     own = np.repeat(np.repeat(calm, tokens, 0), HEADS, 2)

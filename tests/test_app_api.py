@@ -126,10 +126,10 @@ def test_maps_of_the_last_answer(client: Client) -> None:
     maps = client.predict("t2v", api_name="/maps")
     assert maps["layers"] == list(LAYERS) and maps["times"] == answer["frame_times"]
     assert len(maps["tokens"]) == answer["tokens"]["generated"]
-    for row, told in zip(maps["rows"], answer["attention"]["t2v"], strict=True):
-        assert row == pytest.approx(told, abs=2e-3)
     one = client.predict("t2v", token=2, api_name="/maps")
-    assert all(sum(row) == pytest.approx(1, abs=0.01) for row in one["rows"])
+    for rows in (maps["rows"], one["rows"]):
+        assert all(len(row) == 48 for row in rows)
+    assert one["rows"] != maps["rows"]
     for arguments, said in (
         ({"kind": "all"}, "no map of kind 'all'"),
         ({"kind": "t2v", "token": 999}, "token must be -1 to"),
@@ -137,6 +137,25 @@ def test_maps_of_the_last_answer(client: Client) -> None:
     ):
         with pytest.raises(AppError, match=said):
             client.predict(**arguments, api_name="/maps")
+
+
+@pytest.mark.bundled
+def test_maps_are_those_of_the_model(bundled_app: App) -> None:
+    client = Client(bundled_app.url, verbose=False)
+    client.predict("Forty seconds", api_name="/add_sample")
+    answer = client.predict("Is there an elephant?", max_frames=16, api_name="/ask")
+    maps = client.predict("t2v", api_name="/maps")
+    assert maps["exact"] and maps["measure"] == "share"
+    for row, told in zip(maps["rows"], answer["attention"]["t2v"], strict=True):
+        assert row == pytest.approx(told, abs=2e-3)
+        assert sum(row) == pytest.approx(1, abs=0.01)
+    of_heads = [client.predict("t2v", head=h, api_name="/maps")["rows"] for h in range(3)]
+    for layer, row in enumerate(maps["rows"]):
+        mean = [sum(head[layer][t] for head in of_heads) / 3 for t in range(16)]
+        assert mean == pytest.approx(row, abs=2e-3)
+    own = client.predict("self", api_name="/maps")
+    assert len(own["rows"]) == len(own["layers"]) > len(maps["layers"])
+    assert all(0 <= sum(row) < 1.001 for row in own["rows"])  # the rest lies on text
 
 
 def test_savings_of_a_turn_and_the_conversation(client: Client) -> None:
