@@ -27,6 +27,8 @@ from model.types import (
 
 _UPDATE_SECONDS = 0.1  # reads as fluent, and leaves a slow browser time to draw
 
+RESTARTED = "If you had one: the app was restarted, so please add the video again."
+
 _STAGE_TEXT = {
     "loading": "The model is still loading; your question comes first when it is ready",
     "reading": "Reading the video",
@@ -73,7 +75,8 @@ def check_question(session: Session, message: str, settings: Settings) -> str:
     """Return the question to ask; raises `InputError` when there is none or it cannot be asked."""
     question = message.strip() if isinstance(message, str) else ""
     if session.video is None:
-        raise InputError("Choose a sample or upload a video first, then ask.")
+        told = "Choose a sample or upload a video first, then ask."
+        raise InputError(f"{told} {RESTARTED}" if session.early else told)
     if not question:
         raise InputError("Type a question first.")
     if len(question) > settings.max_question_chars:

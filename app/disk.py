@@ -18,7 +18,7 @@ NO_ROOM = "There is no room left on the disk for this video. Please try again la
 
 _SPARE_BYTES = 200 * 10**6  # stays free for everything else on this disk
 _COUNT_SECONDS = 2.0
-_SETTLED_SECONDS = 10.0  # between the end of an upload and its final name
+_SETTLED_SECONDS = 2.0  # between the end of an upload and its final name
 
 
 class Disk:

@@ -9,7 +9,7 @@ from app.disk import FULL, NO_ROOM, Disk
 from app.logs import log
 from app.settings import Settings, show_bytes
 
-_FORM_BYTES = 64 * 1024  # what a form adds around a file
+_FORM_BYTES = 10**6  # what a form may add around a file, which Gradio measures by itself
 _UPLOAD = "/upload"
 
 
@@ -46,11 +46,12 @@ class Gate:
     async def _pass(
         self, scope: Scope, receive: Receive, send: Send, most: int, upload: bool
     ) -> None:
-        arrived, answered = 0, False
+        arrived, complete, answered = 0, False, False
 
         async def counted() -> Message:
-            nonlocal arrived
+            nonlocal arrived, complete
             message = await receive()
+            complete = not message.get("more_body", False)
             arrived += len(message.get("body", b""))
             if arrived > most:
                 raise TooLarge
@@ -59,6 +60,10 @@ class Gate:
         async def noted(message: Message) -> None:
             nonlocal answered
             answered = True
+            if message["type"] == "http.response.start" and not complete:
+                # The rest of the body is not waited for.
+                headers = [*message.get("headers", ()), (b"connection", b"close")]
+                message = {**message, "headers": headers}
             await send(message)
 
         try:

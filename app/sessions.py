@@ -29,7 +29,8 @@ from model.types import Answer, AskRequest
 
 Outcome = Literal["running", "answered", "stopped", "failed"]
 
-_LOOK_SECONDS = 20.0
+_LOOK_SECONDS = 5.0
+_EARLY_SECONDS = 3600.0
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Session:
     export: str = field(default_factory=lambda: secrets.token_urlsafe(18))  # guards the exports
     last_seen: float = field(default_factory=time.monotonic)
     left_at: float | None = None
+    early: bool = False  # began soon after the app did: the page may be older than both
 
     def history(self, most: int) -> tuple[tuple[str, str], ...]:
         """Earlier questions that were answered to the end, oldest first."""
@@ -99,6 +101,7 @@ class Sessions:
         self._settings = settings
         self._forget = forget
         self._lock = threading.Lock()
+        self._started = time.monotonic()
         self._by_key: dict[str, Session] = {}
         self._media: dict[str, Path] = {}
         if settings.data_dir is not None:
@@ -117,6 +120,7 @@ class Sessions:
                 name = secrets.token_hex(8)
                 session = Session(name, self.root / name)
                 session.folder.mkdir()
+                session.early = session.last_seen - self._started < _EARLY_SECONDS
                 self._by_key[key] = session
                 log("session_started", session=name)
             session.last_seen, session.left_at = time.monotonic(), None

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ MEDIA_TYPES = {
 }
 _VIDEO_SUFFIXES = frozenset(MEDIA_TYPES) - {".jpg"}
 _TITLE_CHARS = 80
+_CHECKS = threading.BoundedSemaphore(4)  # at the same time: each may take a decoder's memory
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,12 @@ def probe(path: Path, settings: Settings) -> VideoInfo:
         max_packets=settings.max_video_frames,
         max_bytes=settings.max_upload_bytes,
     )
-    return probe_file(path, limits, bounds=settings.read_bounds)
+    if not _CHECKS.acquire(timeout=settings.check_seconds):
+        raise InputError("Busy: many videos are being checked. Please try again in a minute.")
+    try:
+        return probe_file(path, limits, bounds=settings.read_bounds)
+    finally:
+        _CHECKS.release()
 
 
 def clean_title(name: str) -> str:

@@ -53,13 +53,25 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_app(*options: str, fake: bool = True, **environment: str) -> Iterator[App]:
+def running_app(
+    *options: str,
+    fake: bool = True,
+    program: tuple[str, ...] = ("app.py",),
+    told: Path | None = None,
+    **environment: str,
+) -> Iterator[App]:
+    """The app with `options`; `told` is a file that gets what it prints to stderr."""
     port = free_port()
     environ = {**os.environ, **environment} | ({"CROSSLMM_ENGINE": FAKE} if fake else {})
     started = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "app.py", "--port", str(port), *options], cwd=ROOT, env=environ
-    )
+    with contextlib.ExitStack() as stack:
+        stderr = stack.enter_context(told.open("ab")) if told is not None else None
+        process = subprocess.Popen(
+            [sys.executable, *program, "--port", str(port), *options],
+            cwd=ROOT,
+            env=environ,
+            stderr=stderr,
+        )
     try:
         url = f"http://127.0.0.1:{port}/"
         yield App(url, process, started, _wait_for_page(url, process))
