@@ -21,8 +21,9 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from model.processing_crosslmm import CrossLMMProcessor
-from model.types import InputError
-from model.video import decode_frames, probe, sample_times
+from model.types import InputError, ReadBounds
+from model.video import sample_times
+from model.video_sandbox import decode_frames, probe
 
 IGNORE = -100  # label of tokens that take no loss
 PLACEHOLDER = re.compile(r"\s*<(?:image|video)>\s*")
@@ -31,6 +32,8 @@ ROLES = {
     "system": "system",
 }  # fmt: skip
 Message = dict[str, Any]
+# A file that hangs or crashes a decoder costs its sample, not the run (nor its partners' patience).
+BOUNDS = ReadBounds(frame_seconds=30.0, read_seconds=240.0)
 
 
 @dataclass
@@ -226,12 +229,13 @@ class LlavaDataset(Dataset):
 
     def _frames(self, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
         """A video's sampled frames (T, 3, S, S), prepared one by one, and their seconds."""
-        info = probe(path)
+        info = probe(path, bounds=BOUNDS)
         times = sample_times(info.duration, max_frames=self.max_frames, frame_rate=self.frame_rate)
         pixels, seconds = [], []
-        for frame in decode_frames(path, times, info=info):
-            pixels.append(self.processor.preprocess_frames([frame.image]))
-            seconds.append(frame.time)
+        with decode_frames(path, times, info=info, bounds=BOUNDS) as frames:
+            for frame in frames:
+                pixels.append(self.processor.preprocess_frames([frame.image]))
+                seconds.append(frame.time)
         return torch.cat(pixels), torch.tensor(seconds)
 
     def _image(self, path: Path) -> torch.Tensor:

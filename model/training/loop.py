@@ -232,7 +232,7 @@ class Run:
                     norm = self._clip(total[1].clamp_min(1))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        rate = self.schedule.get_last_lr()[0]
+        rate = max(self.schedule.get_last_lr())
         self.schedule.step()
         mean = (total[0] / total[1].clamp_min(1)).item()
         return {"loss": mean, "answer_tokens": total[1].item(), "norm": norm, "rate": rate}
