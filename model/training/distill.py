@@ -8,6 +8,7 @@ question has no answer, the teacher's own is generated once, before training.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -146,13 +147,16 @@ def fill_in_answers(
     accelerator: Accelerator,
     file: Path,
     max_new_tokens: int = 256,
+    source: str = "",
 ) -> int:
     """Let the teacher answer records that end with a question; kept in `file` for later runs.
 
-    Returns how many answers were generated now. Each process takes a share of the records.
+    `source` names the teacher's weights. Returns how many answers were generated now. Each process
+    takes a share of the records.
     """
     known = _read(file)
-    missing = [i for i in dataset.unanswered() if str(i) not in known]
+    keys = {i: _key(dataset.records[i], source, grid) for i in dataset.unanswered()}
+    missing = [i for i, key in keys.items() if key not in known]
     # bitsandbytes repacks 4-bit weights on a CPU for good when it meets them in evaluation, and
     # no gradient goes through those; without dropout the modes are the same.
     teacher.train(getattr(teacher, "is_quantized", False))
@@ -164,7 +168,7 @@ def fill_in_answers(
                 continue  # counted when training meets it
             ids = generate_answer(teacher, collator, example, grid, max_new_tokens)
             text = dataset.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            found.append((str(index), text))
+            found.append((keys[index], text))
     found = gather_object(found)
     known |= dict(found)
     if found and accelerator.is_main_process:
@@ -172,12 +176,18 @@ def fill_in_answers(
         part = file.with_suffix(".part")
         part.write_text("".join(json.dumps(pair) + "\n" for pair in known.items()))
         part.rename(file)
-    for index in dataset.unanswered():
-        if known.get(str(index)):
+    for index, key in keys.items():
+        if known.get(key):
             record = dataset.records[index]
-            turn = {"from": "gpt", "value": known[str(index)]}
+            turn = {"from": "gpt", "value": known[key]}
             dataset.records[index] = {**record, "conversations": [*record["conversations"], turn]}
     return len(found)
+
+
+def _key(record: dict[str, Any], source: str, grid: int) -> str:
+    """What an answer hangs on."""
+    text = json.dumps([record, source, grid], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _read(file: Path) -> dict[str, str]:

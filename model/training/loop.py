@@ -128,6 +128,7 @@ class Run:
                 self.accelerator,
                 args.out / "answers.jsonl",
                 args.max_answer_tokens,
+                str(self.folder.resolve()),
             )
         if args.gradient_checkpointing:
             checkpoint_activations(crosslmm)
