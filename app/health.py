@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import platform
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from app.versions import versions
 from app.worker import Worker
-
-_PACKAGES = ("gradio", "torch", "transformers", "av", "yt-dlp")
 
 
 def report(worker: Worker, visitors: int, disk_bytes: int) -> dict[str, Any]:
@@ -27,7 +23,7 @@ def report(worker: Worker, visitors: int, disk_bytes: int) -> dict[str, Any]:
         "disk_bytes": disk_bytes,
         "page": usage("self"),
         "worker": usage(str(pid)) if pid is not None else None,
-        "versions": dict(_versions()),
+        "versions": versions(),
     }
 
 
@@ -46,14 +42,3 @@ def usage(pid: str) -> dict[str, int] | None:
         "threads": int(told.get("Threads", "0")),
         "descriptors": descriptors,
     }
-
-
-@cache
-def _versions() -> tuple[tuple[str, str], ...]:
-    found = [("python", platform.python_version())]
-    for package in _PACKAGES:
-        try:
-            found.append((package, version(package)))
-        except PackageNotFoundError:  # another engine needs fewer
-            continue
-    return tuple(found)

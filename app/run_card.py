@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from app.choices import Choices
 from app.links import query, sample_name
 from app.sources import Video
+from app.versions import versions
 from model.types import Answer, ModelInfo
-
-PACKAGES = (
-    "torch", "transformers", "gradio", "bitsandbytes", "accelerate", "flash-attn", "av", "decord",
-    "numpy", "pillow",
-)  # fmt: skip
-
-
-@lru_cache(maxsize=1)
-def versions() -> dict[str, str]:
-    """Of Python and of what is installed, without importing any of it."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # optional, like flash-attn
-            continue
-    return found
 
 
 def run_card(
@@ -54,6 +35,7 @@ def run_card(
             "text": answer.tokens.text,
             "generated": answer.tokens.generated,
         },
+        "repeated_frames": answer.repeated_frames,  # not encoded again
         "notices": list(answer.notices),
         "versions": versions(),
         "link": query(video, used, answer.model),

@@ -113,6 +113,14 @@ class Settings:
         "how to hold a video's keys and values: int8 takes half the memory, int4 a quarter",
         choices=("native", "int8", "int4"),
     )
+    repeat_threshold: float = option(
+        0.0,
+        "model",
+        float,
+        "mean difference of pixels, on a scale of -1 to 1, up to which a frame counts as a repeat "
+        "of the one before and is not encoded again",
+        "X",
+    )
     device: str = option("auto", "model", str, "device that runs the model", "NAME")
     memory_budget: int = option(
         2 * 10**9, "model", parse_bytes, "memory for videos kept for more questions", "SIZE"
@@ -268,6 +276,7 @@ class Settings:
     def __post_init__(self) -> None:
         optional = {"max_frames", "max_new_tokens", "pooled_grid", "port"}
         not_counted = {
+            "repeat_threshold",
             "share",
             "mcp",
             "max_restarts",
@@ -287,7 +296,7 @@ class Settings:
                 raise ValueError(f"{one.name} must be above 0, not {value}")
         if self.port is not None and not 0 < self.port < 65536:
             raise ValueError(f"port must be between 1 and 65535, not {self.port}")
-        for name in ("max_restarts", "max_history_turns", "strongest_frames"):
+        for name in ("repeat_threshold", "max_restarts", "max_history_turns", "strongest_frames"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} cannot be below 0, not {getattr(self, name)}")
         if self.heartbeat_timeout_seconds < 2 * self.heartbeat_seconds:

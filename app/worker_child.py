@@ -196,6 +196,7 @@ def load_engine(settings: Settings, **instead: Any) -> Any:
         "memory_budget": settings.memory_budget,
         "pooled_grid": settings.pooled_grid,
         "kv_precision": settings.kv_precision,
+        "repeat_threshold": settings.repeat_threshold,
     }
     return factory.load(settings.model, **given | instead)
 

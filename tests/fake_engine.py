@@ -94,6 +94,7 @@ class FakeEngine:
         memory_budget: int = 0,
         pooled_grid: int | None = None,
         kv_precision: str = "native",
+        repeat_threshold: float = 0.0,
     ) -> FakeEngine:
         time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", "0")))
         if source == "missing":

@@ -10,10 +10,11 @@ import pytest
 from app.choices import Choices
 from app.conversation import EXPORTS, as_data_of, as_markdown
 from app.links import query, restore, told
-from app.run_card import as_text, run_card, versions
+from app.run_card import as_text, run_card
 from app.sessions import Session, Turn
 from app.settings import Settings
 from app.sources import Sample, Video, list_samples
+from app.versions import versions
 from model.types import Answer, AskRequest
 from tests.fake_engine import INFO, FakeEngine
 

@@ -7,7 +7,9 @@ import torch
 
 from model.accounting import account
 from model.configuration_crosslmm import CrossLMMConfig
+from model.engine import Engine
 from model.savings import compare, count_savings
+from model.types import AskRequest, InputError
 from model.video_memory import VideoMemory
 from tests.tiny import tiny_frames, tiny_model
 
@@ -59,3 +61,16 @@ def test_counted_bytes_are_those_of_a_real_memory(precision: str) -> None:
     memory.finish()
     counted = count_savings(memory, text_tokens=3, generated_tokens=0)
     assert counted.crosslmm.kv_bytes == memory.nbytes
+
+
+@pytest.mark.bundled
+def test_a_lower_precision_is_used_and_counted() -> None:
+    native, packed = (Engine.load(kv_precision=precision) for precision in ("native", "int4"))
+    request = AskRequest("assets/samples/short.mp4", native.info.examples[0], max_frames=12)
+    answers = [list(engine.ask(request))[-1] for engine in (native, packed)]
+    assert packed.info.kv_precision == "int4"
+    whole, less = (answer.savings.crosslmm.kv_bytes for answer in answers)
+    assert less < 0.3 * whole
+    assert answers[0].savings.unpooled == answers[1].savings.unpooled
+    with pytest.raises(InputError, match="kv_precision must be one of"):
+        Engine.load(kv_precision="int2")
