@@ -23,6 +23,7 @@ from model.types import (
     Piece,
     Progress,
     Stage,
+    WhatIf,
 )
 
 _UPDATE_SECONDS = 0.1  # reads as fluent, and leaves a slow browser time to draw
@@ -142,6 +143,7 @@ async def run_turn(
         strongest_frames=settings.strongest_frames,
         bounds=settings.read_bounds,
         map_bytes=settings.map_bytes,
+        what_if=WhatIf(pooled_tokens=session.choices.pooled_tokens),
     )
     turn = Turn(question, request=request)
     session.turns.append(turn)

@@ -14,6 +14,7 @@ class Choices:
 
     max_frames: int | None = None
     max_new_tokens: int | None = None
+    pooled_tokens: int | None = None  # per frame
 
     def over(self, other: Choices) -> Choices:
         """These, and the other's where these say nothing."""

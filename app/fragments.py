@@ -95,6 +95,22 @@ def player(video: Video | None, url: str) -> str:
     )
 
 
+def visit(current: Video | None, earlier: Sequence[tuple[str, Video]]) -> str:
+    """The videos of this visit to go back to, each with its token, and the way to a new one."""
+    if current is None:
+        return ""
+    others = "".join(
+        f'<button type="button" class="tool" data-visit="{esc(token)}" '
+        f'title="Back to {esc(video.title)}">↩ {esc(video.title)}</button>'
+        for token, video in earlier
+    )
+    return (
+        '<div class="visit" role="group" aria-label="Videos of this visit">'
+        '<button type="button" class="tool new-video" data-new-video>+ New video</button>'
+        f"{others}</div>"
+    )
+
+
 def notice(text: str) -> str:
     """What is wrong with the video that was to be added."""
     return f'<p class="notice" role="alert">{esc(text)}</p>' if text else ""

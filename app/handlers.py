@@ -12,12 +12,14 @@ import gradio as gr
 
 from app import fragments, links
 from app.chat import Line, Update, run_turn
+from app.choices import within
 from app.disk import NO_ROOM
 from app.downloads import Downloaded, Downloads
 from app.look_handlers import LookHandlers, LookParts
 from app.panels.run_card import run_card_section
 from app.panels.savings import savings_panel
 from app.panels.timeline import timeline
+from app.preflight import WAITING, adjust, plan_card
 from app.routes import export_url, media_url
 from app.run_card import run_card
 from app.sessions import Session, Sessions
@@ -25,7 +27,7 @@ from app.settings import Settings
 from app.sources import Sample, Video, take_fetched, take_sample, take_upload
 from app.upload import uploaded
 from app.worker import Worker
-from model.types import InputError, Stopped
+from model.types import InputError, PlanRequest, Stopped
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Components:
     cancel: gr.Button
     notice: gr.HTML
     player: gr.HTML
+    visit: gr.HTML
+    plan: gr.HTML
     timeline: gr.HTML
     chat: gr.Chatbot
     line: gr.HTML
@@ -54,6 +58,8 @@ class Components:
 
 
 Changes = dict[Any, Any]
+
+_PLAN_SECONDS = 2.0  # a plan that takes longer waits for the model to load
 
 EDITING = "Change your question and send it: it takes the place of the last one."
 
@@ -93,7 +99,25 @@ class Handlers:
             await self.take(self.session(request), path)
         except InputError as error:
             return {page.notice: fragments.notice(str(error)), page.upload: None}
-        return self._new_video(self.session(request))
+        return await self._new_video(self.session(request))
+
+    async def go_back(self, event: gr.EventData, request: gr.Request) -> Changes:
+        """Show an earlier video of this visit again, with its conversation."""
+        session = self.session(request)
+        if not self._sessions.go_back(session, clicked(event, "visit")):
+            return {self._page.notice: fragments.notice("That video is no longer here.")}
+        self.downloads.cancel(session.id)
+        return await self._new_video(session)
+
+    async def adjust(self, event: gr.EventData, request: gr.Request) -> Changes:
+        """Change how many frames are read, or how many tokens each has."""
+        session, notices = self.session(request), ()
+        try:
+            chosen = adjust(session.choices, clicked(event, "adjust"))
+            session.choices, notices = within(chosen, self._settings)
+        except InputError as error:
+            notices = (str(error),)
+        return await self._plan(session, notices)
 
     async def pick_sample(self, event: gr.EventData, request: gr.Request) -> Changes:
         """Take the sample whose card was clicked."""
@@ -101,7 +125,7 @@ class Handlers:
             await self.take(self.session(request), self._sample(clicked(event, "sample")))
         except InputError as error:
             return {self._page.notice: fragments.notice(str(error))}
-        return self._new_video(self.session(request))
+        return await self._new_video(self.session(request))
 
     async def fetch(self, url: str, request: gr.Request) -> AsyncIterator[Changes]:
         """Fetch the video at a web address, telling how far it has come."""
@@ -110,7 +134,7 @@ class Handlers:
         try:
             async for got in self.take_url(self.session(request), url or ""):
                 if isinstance(got, Video):
-                    last = {page.url: "", **self._new_video(self.session(request))}
+                    last = {page.url: "", **await self._new_video(self.session(request))}
                 else:
                     yield {page.notice: fragments.fetching(got), **self._fetch_buttons(True)}
         except InputError as error:
@@ -160,15 +184,34 @@ class Handlers:
         self._sessions.set_video(session, video)
         return video
 
-    def _new_video(self, session: Session) -> Changes:
+    async def _new_video(self, session: Session) -> Changes:
         page = self._page
         return {
             page.upload: None,
             page.notice: fragments.notice(""),
             page.player: fragments.player(session.video, media_url(session.media)),
+            page.visit: fragments.visit(
+                session.video, [(one.media, one.video) for one in session.earlier]
+            ),
+            **await self._plan(session),
             page.chips: fragments.chips(self._questions(session)),
             **self._idle(session),
         }
+
+    async def _plan(self, session: Session, notices: tuple[str, ...] = ()) -> Changes:
+        """Tell what the current video will take, as soon as the model can say."""
+        if session.video is None:
+            return {self._page.plan: ""}
+        frames = session.choices.max_frames or self._settings.max_frames
+        request = PlanRequest(session.video.info, frames, session.choices.pooled_tokens)
+        answer = asyncio.wrap_future(self._worker.plan(request))
+        await asyncio.wait({answer}, timeout=_PLAN_SECONDS)
+        if not answer.done():
+            answer.cancel()
+            return {self._page.plan: plan_card(None, (*notices, WAITING))}
+        if answer.exception() is not None:
+            return {self._page.plan: plan_card(None, (*notices, str(answer.exception())))}
+        return {self._page.plan: plan_card(answer.result(), notices)}
 
     def _idle(self, session: Session) -> Changes:
         """Show the conversation as it stands, with nothing under way."""
@@ -217,6 +260,7 @@ class Handlers:
             changes |= self._buttons(running=not update.finished)
         if update.answer is not None:
             changes |= await asyncio.to_thread(self._panels, session)
+            changes |= await self._plan(session)
         elif update.frames or first:
             changes |= self._timeline(session)
         return changes
@@ -305,15 +349,16 @@ class Handlers:
                 await self.take(session, wanted.sample)
             except InputError as error:
                 return {self._page.notice: fragments.notice(str(error))}
-            changes = self._new_video(session)
+            changes = await self._new_video(session)
         return {**changes, self._page.notice: fragments.remark(links.told(wanted))}
 
-    def model_ready(self, request: gr.Request) -> Changes:
+    async def model_ready(self, request: gr.Request) -> Changes:
         """Show what is known only of a loaded model."""
         model = self._worker.status().model
         return {
             self._page.note: fragments.model_note(model.note if model is not None else ""),
             self._page.chips: fragments.chips(self._questions(self.session(request))),
+            **await self._plan(self.session(request)),
         }
 
     def leave(self, request: gr.Request) -> None:

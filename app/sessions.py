@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hmac import compare_digest
 from pathlib import Path
 from typing import Literal
@@ -47,6 +47,16 @@ class Turn:
 
 
 @dataclass
+class Visit:
+    """An earlier video of a visitor's, with the conversation about it."""
+
+    video: Video
+    media: str
+    turns: list[Turn]
+    strip: Filmstrip
+
+
+@dataclass
 class Session:
     """One visitor: a folder, the current video and the conversation about it."""
 
@@ -58,6 +68,7 @@ class Session:
     job: Job | None = None
     looking: Looking = field(default_factory=Looking)  # what the attention panel shows
     replacing: bool = False  # the next question takes the place of the last one
+    earlier: list[Visit] = field(default_factory=list)  # latest first
     strip: Filmstrip = field(default_factory=Filmstrip)  # of the current video
     remark: str = ""  # told beside the running turn's own progress
     choices: Choices = Choices()
@@ -84,6 +95,11 @@ class Session:
     def begin_anew(self) -> None:
         """Forget the conversation about the current video."""
         self.turns, self.replacing, self.remark = [], False, ""
+
+    def videos(self) -> list[Video]:
+        """All of this visit, the current one first."""
+        current = [self.video] if self.video is not None else []
+        return current + [visit.video for visit in self.earlier]
 
     def stop(self) -> bool:
         """Stop the running job, if there is one."""
@@ -130,12 +146,38 @@ class Sessions:
         return session
 
     def set_video(self, session: Session, video: Video) -> None:
-        """Make `video` the current one; the one before it and its conversation end."""
+        """Make `video` the current one; the one before it is kept aside.
+
+        A sample that was there before comes back with its conversation.
+        """
+        if session.video is not None and session.video.path == video.path:
+            session.stop()
+            session.begin_anew()
+            return
+        before = next((one for one in session.earlier if one.video.path == video.path), None)
+        self._show(session, before or Visit(video, self.publish(video.path), [], Filmstrip()))
+
+    def go_back(self, session: Session, media: str) -> bool:
+        """Make an earlier video of the visit the current one; False when it is no longer there."""
+        before = next((one for one in session.earlier if one.media == media), None)
+        if before is not None:
+            self._show(session, before)
+        return before is not None
+
+    def _show(self, session: Session, visit: Visit) -> None:
         session.stop()
-        self._drop_video(session)
-        session.video, session.strip = video, Filmstrip()
+        if session.video is not None:
+            for turn in session.turns:  # maps are large, and drawn of the last answer only
+                if turn.result is not None:
+                    turn.result = replace(turn.result, attention=None)
+            aside = Visit(session.video, session.media, session.turns, session.strip)
+            session.earlier.insert(0, aside)
+        session.earlier = [one for one in session.earlier if one is not visit]
         session.begin_anew()
-        session.media = self.publish(video.path)
+        session.video, session.media = visit.video, visit.media
+        session.turns, session.strip = visit.turns, visit.strip
+        while len(session.earlier) >= self._settings.max_visit_videos:
+            self._drop(session.earlier.pop())
 
     def publish(self, path: Path) -> str:
         """Make a file reachable for the player under a token that cannot be guessed."""
@@ -206,7 +248,7 @@ class Sessions:
         """Delete files nobody uses; then, while there are too many, those of silent visitors."""
         self.disk.tidy()
         while self.disk.over() > 0:
-            if not self._end_most_silent(lambda one: one.video and not one.video.shared):
+            if not self._end_most_silent(lambda one: any(not v.shared for v in one.videos())):
                 return
             self.disk.tidy()
 
@@ -235,18 +277,20 @@ class Sessions:
         if session is None:
             return
         session.stop()
-        self._drop_video(session)
+        if session.video is not None:
+            self._drop(Visit(session.video, session.media, session.turns, session.strip))
+        for visit in session.earlier:
+            self._drop(visit)
+        session.video, session.media, session.earlier = None, "", []
         shutil.rmtree(session.folder, ignore_errors=True)
         log("session_ended", session=session.id)
 
-    def _drop_video(self, session: Session) -> None:
-        video = session.video
+    def _drop(self, visit: Visit) -> None:
         with self._lock:
-            self._media.pop(session.media, None)
-        session.video, session.media = None, ""
-        if video is not None and not video.shared:
-            self._forget(str(video.path))
-            video.path.unlink(missing_ok=True)
+            self._media.pop(visit.media, None)
+        if not visit.video.shared:
+            self._forget(str(visit.video.path))
+            visit.video.path.unlink(missing_ok=True)
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):

@@ -221,6 +221,9 @@ class Settings:
     max_history_turns: int = option(
         8, "limits", int, "earlier questions that the model is told of", "N"
     )
+    max_visit_videos: int = option(
+        4, "limits", int, "videos of one visit that can be gone back to", "N", shared=2
+    )
     queue_size: int = option(
         20, "limits", int, "questions that may wait before 'busy'", "N", shared=8
     )

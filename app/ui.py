@@ -59,6 +59,7 @@ def build(
             )
         with gr.Row(elem_id="columns"):
             with gr.Column(elem_id="talk", min_width=300):
+                visit = _html("", elem_id="visit", js_on_load=_SEND % {"name": "visit"})
                 with gr.Row(elem_id="sources"):
                     cards = _sample_cards(sessions, samples)
                     upload = only_uploads(
@@ -67,6 +68,11 @@ def build(
                 url, fetch, cancel = _web_address()
                 notice = _html("", elem_id="notice")
                 player = _html(fragments.player(None, ""), elem_id="player")
+                plan = _html(
+                    "",
+                    elem_id="plan",
+                    js_on_load=(STATIC / "preflight.js").read_text(encoding="utf-8"),
+                )
                 timeline = _html("", elem_id="timeline")
                 chat = _chatbot()
                 with gr.Row(elem_id="turn"):
@@ -83,8 +89,8 @@ def build(
                 attention, what_if, what_if_result = _attention()
                 savings = _html(savings_panel(()), elem_id="savings")
         page = Components(
-            upload, url, fetch, cancel, notice, player, timeline, chat, line, tools, chips,
-            question, ask, stop, note, attention, what_if, what_if_result, savings,
+            upload, url, fetch, cancel, notice, player, visit, plan, timeline, chat, line, tools,
+            chips, question, ask, stop, note, attention, what_if, what_if_result, savings,
         )  # fmt: skip
         handlers = Handlers(settings, worker, sessions, samples, page)
         _wire(demo, handlers, page, cards, status)
@@ -192,10 +198,10 @@ def _wire(
         )
 
     turn = [
-        page.question, page.timeline, page.chat, page.line, page.tools, page.ask, page.stop,
-        page.attention, page.what_if, page.what_if_result, page.savings,
+        page.question, page.plan, page.timeline, page.chat, page.line, page.tools, page.ask,
+        page.stop, page.attention, page.what_if, page.what_if_result, page.savings,
     ]  # fmt: skip
-    video = [page.upload, page.notice, page.player, page.chips, *turn]
+    video = [page.upload, page.notice, page.player, page.visit, page.chips, *turn]
     web = [page.url, page.fetch, page.cancel]
     on(page.upload.upload, handlers.upload, page.upload, video)
     on(
@@ -213,7 +219,9 @@ def _wire(
     on(page.attention.look, handlers.look.choose, None, [page.attention], queue=False)
     on(page.what_if.again, handlers.look.try_what_if, None, [page.what_if_result])
     on(page.what_if_result.click, handlers.look.stop_what_if, None, None, queue=False)
-    on(status.ready, handlers.model_ready, None, [page.note, page.chips])
+    on(status.ready, handlers.model_ready, None, [page.note, page.chips, page.plan])
+    on(page.visit.click, handlers.go_back, None, video)
+    on(page.plan.click, handlers.adjust, None, [page.plan], trigger_mode="multiple")
     on(demo.load, handlers.restore, None, video)
     demo.unload(handlers.leave)
 

@@ -14,11 +14,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from app.jobs import Cancelled, Job, Queued
 from app.logs import log
+from app.plans import Plans
 from app.settings import Settings
 from app.worker_child import (
     AskMessage,
@@ -29,9 +31,21 @@ from app.worker_child import (
     Idle,
     JobEventMessage,
     LoadFailed,
+    PlanMessage,
+    Planned,
     Ready,
 )
-from model.types import Answer, AskRequest, Failure, ModelInfo, Piece, Progress
+from model.types import (
+    Answer,
+    AskRequest,
+    Failure,
+    InputError,
+    ModelInfo,
+    Piece,
+    PlanRequest,
+    Progress,
+    VideoPlan,
+)
 
 State = Literal["loading", "ready", "busy", "restarting", "failed", "closed"]
 
@@ -86,6 +100,7 @@ class Worker:
         self._too_long = ""  # what the visitor is told of a deadline that passed
         self._deaths_in_a_row = 0
         self._forget: list[str] = []
+        self._plans = Plans()
         self._closing = False
         self._thread = threading.Thread(target=self._supervise, name="crosslmm-supervisor")
         self._thread.daemon = True
@@ -116,6 +131,20 @@ class Worker:
         log("job_queued", job=job.id)
         self._inbox.put(self._tell_positions)
         return job
+
+    def plan(self, request: PlanRequest) -> Future[VideoPlan]:
+        """What a turn on a video would take; does not wait for answers, only for the model.
+
+        The future raises `InputError` with a sentence when there is no plan.
+        """
+        future: Future[VideoPlan] = Future()
+        with self._lock:
+            over = self._state in ("failed", "closed")
+        if over:
+            future.set_exception(InputError(self._error or CLOSING))
+        else:
+            self._inbox.put(lambda: self._plans.add(request, future))
+        return future
 
     def forget(self, video: str) -> None:
         """Drop what the model keeps of a file, as soon as it is idle."""
@@ -217,6 +246,8 @@ class Worker:
                 if self._running is not None and self._running.number == number:
                     self._finish(Failure(LOST, user=False))
                     self._set_state("ready")
+            case Planned(number, plan):
+                self._plans.arrived(number, plan)
             case Ended():
                 self._replace("died", Failure(LOST, user=False))
 
@@ -260,6 +291,7 @@ class Worker:
         wait = _RETRY_SECONDS * 2**self._deaths_in_a_row if self._deaths_in_a_row else 0.0
         self._start_at = time.monotonic() + wait
         self._forget.clear()  # a new child keeps nothing
+        self._plans.begin_again()
         with self._lock:
             self._state, self._restarts = "restarting", self._restarts + 1
         self._tell_positions()
@@ -280,11 +312,19 @@ class Worker:
             self._waiting.clear()
         for job in left:
             job.put(Failure(text, user=False))
+        self._plans.fail(text)
 
     def _hand_out(self) -> None:
-        """Give an idle child what it is to forget, and the next job."""
+        """Give an idle child what it is to forget, and the next job; and plans to any."""
         child = self._child
-        if child is None or not child.ready or self._running is not None:
+        if child is None or not child.ready:
+            return
+        try:
+            self._plans.hand_out(lambda n, request: child.send(PlanMessage(n, request)))
+        except OSError:
+            self._replace("died", Failure(LOST, user=False))
+            return
+        if self._running is not None:
             return
         with self._lock:
             job = self._waiting.popleft() if self._waiting else None

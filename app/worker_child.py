@@ -12,6 +12,7 @@ import ctypes
 import importlib
 import multiprocessing
 import os
+import queue
 import re
 import signal
 import threading
@@ -24,7 +25,16 @@ from typing import Any
 from app.jobs import Cancelled
 from app.logs import log, setup
 from app.settings import Settings
-from model.types import AskRequest, Failure, InputError, ModelFault, ModelInfo, Stopped
+from model.types import (
+    AskRequest,
+    Failure,
+    InputError,
+    ModelFault,
+    ModelInfo,
+    PlanRequest,
+    Stopped,
+    VideoPlan,
+)
 
 BROKEN = "The model's process failed and is being restarted. Please ask again."
 _BROKEN_CODE = 70
@@ -79,6 +89,22 @@ class AskMessage:
 
 
 @dataclass(frozen=True)
+class PlanMessage:
+    """Tell what a turn on a video would take; answered beside whatever else is done."""
+
+    number: int
+    request: PlanRequest
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The plan, or one sentence why there is none."""
+
+    number: int
+    plan: VideoPlan | str
+
+
+@dataclass(frozen=True)
 class ForgetMessage:
     """Drop what is kept of a video."""
 
@@ -126,8 +152,8 @@ class Child:
         except (EOFError, OSError):
             self._deliver(self, Ended())
 
-    def send(self, message: AskMessage | ForgetMessage) -> None:
-        """Hand a message over. Only to an idle child, so that the pipe has room and none waits."""
+    def send(self, message: AskMessage | ForgetMessage | PlanMessage) -> None:
+        """Hand a message over: to an idle child, or a few plans, so that the pipe has room."""
         self._requests.send(message)
 
     def stop(self, number: int) -> None:
@@ -171,16 +197,47 @@ def serve(
         send(LoadFailed(f"The model could not be loaded: {error}"))
         return
     send(Ready(engine.info))
+    work: queue.SimpleQueue[AskMessage | ForgetMessage | None] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(requests, engine, work, send), daemon=True).start()
     while True:
-        try:
-            message = requests.recv()
-        except EOFError:
+        message = work.get()
+        if message is None:
             return
         if isinstance(message, ForgetMessage):
             engine.forget(message.video)
         else:
             _answer(engine, message, lambda n=message.number: stop.value == n, send)
             send(Idle(message.number))
+
+
+def _receive(
+    requests: Connection,
+    engine: Any,
+    work: queue.SimpleQueue[AskMessage | ForgetMessage | None],
+    send: Callable[[Any], None],
+) -> None:
+    """Pass messages on as they come. Plans do not wait for a running answer."""
+    while True:
+        try:
+            message = requests.recv()
+        except (EOFError, OSError):
+            work.put(None)
+            return
+        if isinstance(message, PlanMessage):
+            send(Planned(message.number, plan_or_sentence(engine, message.request)))
+        else:
+            work.put(message)
+
+
+def plan_or_sentence(engine: Any, request: PlanRequest) -> VideoPlan | str:
+    """Plan a video; whatever speaks against it becomes a sentence."""
+    try:
+        return engine.plan(request)
+    except InputError as error:
+        return str(error)
+    except Exception as error:  # a bug here must not end the thread that receives questions
+        log("plan_failed", error=type(error).__name__, where=_where(error))
+        return "What this video takes could not be foretold; it can be asked about all the same."
 
 
 def load_engine(settings: Settings, **instead: Any) -> Any:

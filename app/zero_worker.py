@@ -23,6 +23,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,8 +33,17 @@ from app.jobs import Cancelled, Job, Queued
 from app.logs import log
 from app.settings import Settings
 from app.worker import CLOSING, State, Status, busy
-from app.worker_child import last_event, load_engine
-from model.types import AskRequest, Failure, ModelInfo, Progress, Stopped
+from app.worker_child import last_event, load_engine, plan_or_sentence
+from model.types import (
+    AskRequest,
+    Failure,
+    InputError,
+    ModelInfo,
+    PlanRequest,
+    Progress,
+    Stopped,
+    VideoPlan,
+)
 
 NEEDS_SPACES = "--worker zerogpu needs the spaces package; install it with: pip install spaces"
 CUT_OFF = "The GPU was taken back before the answer was there. Ask with fewer frames, or try again."
@@ -136,6 +146,16 @@ class ZeroWorker:
         self._jobs.put((job, contextvars.copy_context()))
         log("job_queued", job=job.id)
         return job
+
+    def plan(self, request: PlanRequest) -> Future[VideoPlan]:
+        """What a turn on a video would take; see `app.worker.Worker.plan`."""
+        future: Future[VideoPlan] = Future()
+        planned = plan_or_sentence(self._turns.engine, request) if self._model else self._error
+        if isinstance(planned, str):
+            future.set_exception(InputError(planned))
+        else:
+            future.set_result(planned)
+        return future
 
     def forget(self, video: str) -> None:
         """Drop what is kept of a file."""

@@ -34,7 +34,8 @@ from model.guards import (
 from model.key_value_store import PRECISIONS
 from model.loading import Loaded, load
 from model.map_capture import MapCapture
-from model.planner import PlanSettings, predict
+from model.planner import Plan, PlanSettings, predict
+from model.preflight import Preflight
 from model.savings import count_savings
 from model.types import (
     MOST_FRAMES,
@@ -46,6 +47,7 @@ from model.types import (
     ModelFault,
     ModelInfo,
     Piece,
+    PlanRequest,
     Progress,
     ReadBounds,
     StopCheck,
@@ -53,6 +55,7 @@ from model.types import (
     Timings,
     TokenCounts,
     VideoInfo,
+    VideoPlan,
     WhatIf,
 )
 from model.video import sample_times
@@ -141,6 +144,14 @@ class Engine:
         self.folder: Path = loaded.folder
         self.pool = MemoryPool(memory_budget)
         self.repeat_threshold = repeat_threshold
+        self.preflight = Preflight(
+            self.crosslmm.config,
+            self.info,
+            self.processor.frame_rate,
+            self.processor.max_frames,
+            spare=lambda: self.pool.nbytes,
+            chunk_frames=CHUNK_FRAMES,
+        )
         self._layer_stop = LayerStop(self.crosslmm)
         self._t2v_trusted = self.info.trained and any(t2v != 0 for _, t2v in self.info.gates)
 
@@ -176,6 +187,15 @@ class Engine:
     def forget(self, video: str) -> None:
         """Drop everything that is kept of a file."""
         self.pool.drop(lambda key: key[0] == str(video))
+
+    def plan(self, request: PlanRequest) -> VideoPlan:
+        """Tell what a turn on a video would take; may be called from another thread.
+
+        Raises:
+            InputError: there is too little memory, or what is asked for cannot be.
+
+        """
+        return self.preflight.of(request)
 
     def decode(self, request: AskRequest, folder: Path, stop: StopCheck = lambda: False) -> Decoded:
         """Read a question's video without the model, into a file in `folder`; see `ask`."""
@@ -243,11 +263,16 @@ class Engine:
 
     def _try(self, turn: _Turn, stop: StopCheck) -> Iterator[Event]:
         key = (*turn.key, turn.what_if.of_video)
-        entry = self.pool.get(key)
+        entry = self._kept(turn, key)
         reused, rebuilt = entry is not None, False
         if entry is None:
-            plain = self.pool.get((*turn.key, WhatIf()))
-            if plain is not None and plain.features is not None:
+            plain = self._kept(turn, (*turn.key, WhatIf()))
+            tokens = turn.what_if.pooled_tokens
+            if (
+                plain is not None
+                and plain.features is not None
+                and self.preflight.carries(len(plain.times), tokens)
+            ):
                 entry, rebuilt = (yield from self._rebuild(turn, plain, stop)), True
             else:
                 entry = yield from self._read(turn, stop)
@@ -257,6 +282,18 @@ class Engine:
         turn.planned = turn.planned or entry.memory.num_frames
         yield Progress("answering", 0, 0)
         yield from self._answer(turn, entry, reused, stop)
+
+    def _kept(self, turn: _Turn, key: tuple[object, ...]) -> VideoEntry | None:
+        """A video that was read before; not one cut short for want of memory that is there now."""
+        entry = self.pool.get(key)
+        if entry is None or not entry.plan_notices:
+            return entry
+        tokens = entry.memory.config.pooled_tokens_per_frame
+        chosen = self.preflight.choose(entry.info.duration, turn.max_frames, tokens)
+        if chosen.frames <= 1.25 * len(entry.times):
+            return entry
+        self.pool.drop(lambda other: other == key)
+        return None
 
     def _try_with_less(self, turn: _Turn, stop: StopCheck) -> Iterator[Event]:
         """Once more with half the frames, alone in the memory, after it ran out."""
@@ -292,6 +329,7 @@ class Engine:
         )
         entry.thumbnails, entry.failed_frames = plain.thumbnails, plain.failed_frames
         entry.frames_left_out, entry.clamped = plain.frames_left_out, plain.clamped
+        entry.plan_notices = plain.plan_notices
         done, total = 0, len(plain.times)
         for features in plain.features or ():
             if stop():
@@ -309,13 +347,15 @@ class Engine:
         yield Progress("reading", 0, 0)
         decoded = turn.decoded
         info = probe(path, stop=stop, bounds=bounds) if decoded is None else decoded.info
+        chosen, clock = self._plan(turn, info), time.perf_counter()
         rate = self.processor.frame_rate
-        times = sample_times(info.duration, max_frames=turn.max_frames, frame_rate=rate)
+        times = sample_times(info.duration, max_frames=chosen.frames, frame_rate=rate)
         turn.planned = turn.planned or len(times)
         what_if = turn.what_if.of_video
         entry = VideoEntry.begin(
-            self.crosslmm, info, turn.prefix, times, what_if, precision=self.info.kv_precision
+            self.crosslmm, info, turn.prefix, times, what_if, precision=chosen.kv_precision
         )
+        entry.plan_notices = chosen.notices
         entry.frames_left_out = turn.planned - len(times)
         encoder = FrameEncoder(self.crosslmm.model, self.repeat_threshold)
         entry.clamped = turn.key[-1] > MOST_FRAMES and len(times) == MOST_FRAMES
@@ -357,6 +397,9 @@ class Engine:
                 yield Progress("encoding", len(entry.times), total)
             check_frames(what_if, self.crosslmm.config, np.asarray(entry.times))
             entry.finish()
+            if decoded is None:
+                compute, whole = entry.encode_seconds + entry.prefill_seconds, time.perf_counter()
+                self.preflight.measured(info, chosen, compute, entry.decode_seconds, whole - clock)
         finally:
             self._layer_stop.check = None
             quit_reading.set()
@@ -366,6 +409,14 @@ class Engine:
                 except queue.Empty:
                     reader.join(0.05)
         return entry
+
+    def _plan(self, turn: _Turn, info: VideoInfo) -> Plan:
+        """Frames and precision that fit; what is kept of other videos makes room for them."""
+        tokens = turn.what_if.pooled_tokens or self.info.pooled_tokens_per_frame
+        text = len(turn.prefix) + len(turn.suffix)
+        chosen = self.preflight.choose(info.duration, turn.max_frames, tokens, text)
+        self.pool.release(chosen.total_bytes - self.preflight.free())
+        return chosen
 
     def _decode(
         self,
@@ -543,6 +594,7 @@ def _notices(entry: VideoEntry, repeated: bool) -> tuple[str, ...]:
         )
     if entry.frames_left_out:
         notices.append(f"Memory ran short, so only {used} frames were used.")
+    notices += entry.plan_notices
     if entry.clamped:
         notices.append(f"At most {MOST_FRAMES} frames of a video are ever used.")
     if repeated:

@@ -149,6 +149,34 @@ class AskRequest:
 
 
 @dataclass(frozen=True)
+class PlanRequest:
+    """A video about which is to be told what a turn on it would take."""
+
+    video: VideoInfo
+    max_frames: int | None = None  # None: the model's own default
+    pooled_tokens: int | None = None  # per frame; None: as the model was made
+
+
+@dataclass(frozen=True)
+class VideoPlan:
+    """What a turn on a video will take, told before anything of it is read. Bytes and seconds."""
+
+    frames: int
+    most_frames: int  # that can be chosen for this video
+    frame_rate: float  # frames sampled per second of video
+    original_tokens: int
+    pooled_tokens: int
+    tokens_per_frame: int
+    token_choices: tuple[int, ...]  # numbers of tokens per frame that can be chosen
+    kv_precision: str  # of the T2V keys and values
+    kept_bytes: int  # for the next question
+    peak_bytes: int  # most at any moment, beside the model itself
+    free_bytes: int
+    seconds: float | None  # until it can be asked about; None: not measured here yet
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a stage has come; `total` is 0 when it is not known."""
 

@@ -39,6 +39,7 @@ class VideoEntry:
     failed_frames: int = 0
     repeated_frames: int = 0  # not encoded: they repeat the one before
     frames_left_out: int = 0  # because memory ran short
+    plan_notices: tuple[str, ...] = ()  # what was lowered to make it fit
     clamped: bool = False  # more frames were asked for than are ever used
 
     @classmethod

@@ -219,6 +219,12 @@ class MemoryPool:
         while len(self._kept) > 1 and self.nbytes > self.budget_bytes:
             self._kept.popitem(last=False)
 
+    def release(self, nbytes: int) -> None:
+        """Forget the oldest entries until so many bytes are given back, or none is left."""
+        while self._kept and nbytes > 0:
+            _, entry = self._kept.popitem(last=False)
+            nbytes -= entry.nbytes
+
     def drop(self, chosen: Callable[[Hashable], bool]) -> None:
         """Forget every entry whose key `chosen` accepts."""
         for key in [key for key in self._kept if chosen(key)]:

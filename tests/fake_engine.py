@@ -30,6 +30,7 @@ from model.types import (
     ModelFault,
     ModelInfo,
     Piece,
+    PlanRequest,
     Progress,
     Savings,
     StopCheck,
@@ -38,6 +39,7 @@ from model.types import (
     Timings,
     TokenCounts,
     VideoInfo,
+    VideoPlan,
 )
 from tests.fake_maps import picture, views, with_maps
 
@@ -102,6 +104,26 @@ class FakeEngine:
         if source == "crash":
             os.kill(os.getpid(), signal.SIGKILL)
         return cls()
+
+    def plan(self, request: PlanRequest) -> VideoPlan:
+        """Of a video that gives at most 48 frames, and a machine that was not measured yet."""
+        frames, tokens = min(request.max_frames or 48, 48), request.pooled_tokens or 1
+        told = ("At most 48 frames.",) if (request.max_frames or 0) > 48 else ()
+        return VideoPlan(
+            frames=frames,
+            most_frames=48,
+            frame_rate=frames / request.video.duration,
+            original_tokens=frames * GRID * GRID,
+            pooled_tokens=frames * tokens,
+            tokens_per_frame=tokens,
+            token_choices=(1, 4, 9),
+            kv_precision="native",
+            kept_bytes=10_000_000,
+            peak_bytes=20_000_000,
+            free_bytes=10**9,
+            seconds=12.0 if self.kept else None,
+            notices=told,
+        )
 
     def decode(self, request: AskRequest, folder: Path, stop: StopCheck) -> FakeDecoded:
         _note("decode")

@@ -59,14 +59,31 @@ def test_the_player_gets_a_video_by_its_token_only(
         assert sessions.media(guess) is None
 
 
-def test_a_new_video_ends_the_one_before(
+def test_an_earlier_video_can_be_gone_back_to(
+    sessions: Sessions, added: tuple[Session, Video], videos: dict[str, Path], forgotten: list[str]
+) -> None:
+    session, video = added
+    token, told = session.media, Turn("What?", "That.", "answered")
+    session.turns.append(told)
+    other = take_upload(videos["av1"], session.folder, SETTINGS)
+    sessions.set_video(session, other)
+    assert (session.turns, session.videos()) == ([], [other, video])
+    assert sessions.media(token) == video.path
+    assert sessions.go_back(session, token)
+    assert (session.turns, session.videos()) == ([told], [video, other])
+    assert not sessions.go_back(sessions.get("other"), token)  # nobody else's
+    assert not sessions.go_back(session, "guess")
+    assert forgotten == []
+
+
+def test_the_oldest_video_of_a_visit_goes_first(
     sessions: Sessions, added: tuple[Session, Video], videos: dict[str, Path], forgotten: list[str]
 ) -> None:
     session, video = added
     token = session.media
-    session.turns.append(Turn("What?", "That.", "answered"))
-    sessions.set_video(session, take_upload(videos["av1"], session.folder, SETTINGS))
-    assert session.turns == []
+    for _ in range(SETTINGS.max_visit_videos):
+        sessions.set_video(session, take_upload(videos["av1"], session.folder, SETTINGS))
+    assert len(session.videos()) == SETTINGS.max_visit_videos
     assert not video.path.exists()
     assert sessions.media(token) is None
     assert forgotten == [str(video.path)]
@@ -78,7 +95,11 @@ def test_a_sample_is_never_deleted(
     session, video = added
     sample = dataclasses.replace(video, path=videos["h264"], shared=True)
     sessions.set_video(session, sample)
-    sessions.set_video(session, sample)
+    session.turns.append(Turn("What?", "That.", "answered"))
+    sessions.set_video(session, sample)  # the same again: a new start
+    assert session.turns == []
+    assert session.videos() == [sample, video]
+    sessions.close()
     assert videos["h264"].exists()
     assert forgotten == [str(video.path)]
 

@@ -35,6 +35,9 @@
     const plot = event.target.closest(".plot");
     // A cell of the grid shows its frame beside it: the page stays there.
     if (plot) return seek(timeIn(plot, event).seconds, plot.matches(".cell-plot"));
+    if (event.target.closest("[data-new-video]")) {
+      document.querySelector("#talk").classList.toggle("choosing");
+    }
     if (event.target.closest("[data-theme-toggle]")) {
       const dark = document.body.classList.toggle("dark");
       document.documentElement.classList.toggle("dark", dark);
@@ -79,6 +82,11 @@
   };
   document.addEventListener("timeupdate", follow, true);
   document.addEventListener("seeking", follow, true);
+  document.addEventListener("loadstart", (event) => {
+    if (event.target.matches && event.target.matches(".player video")) {
+      document.querySelector("#talk").classList.remove("choosing");
+    }
+  }, true);
   document.addEventListener("error", (event) => {
     if (event.target.matches && event.target.matches(".player video")) {
       event.target.parentElement.querySelector(".unplayable").hidden = false;

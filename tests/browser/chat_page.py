@@ -32,6 +32,7 @@ class ChatPage:
         self.answers = page.locator('#chat [data-testid="bot"]')
         self.questions = page.locator('#chat [data-testid="user"]')
         self.attention = page.locator("#panel-attention")
+        self.plan = page.locator("#plan .plan")
         self.shots = page.locator(".timeline .shot")
         self.pins = page.locator(".timeline .pin")
         self.savings = page.locator("#panel-savings")
@@ -59,7 +60,14 @@ class ChatPage:
         self.upload(path)
         expect(self.about).to_contain_text(path.name)
 
+    def choose_another(self) -> None:
+        """Show where videos come from, which is hidden while there is one."""
+        expect(self.page.locator("#talk")).to_be_visible()
+        if self.player.count():
+            self.page.get_by_role("button", name="New video").click()
+
     def pick_sample(self, number: int) -> str:
+        self.choose_another()
         title = self.samples.nth(number).locator(".sample-name").inner_text()
         self.samples.nth(number).click()
         expect(self.about).to_contain_text(title)

@@ -135,6 +135,13 @@ def test_samples_and_their_questions(visit: Visit, fake_app: App) -> None:
     expect(chat.answers).to_have_count(0)  # another video, another conversation
     expect(chat.frames).to_have_count(0)
     assert chat.chips.first.inner_text() != question
+    chat.page.locator("#visit [data-visit]").click()  # back to the first one
+    expect(chat.answers).to_have_count(1)
+    expect(chat.chips.first).to_have_text(question)
+    expect(chat.samples.first).to_be_hidden()
+    chat.ask("Still there?")
+    expect(chat.answered(2)).to_contain_text("after 1 turns")
+    expect(chat.line).to_contain_text("the video was not read again")
 
 
 def test_an_upload_gets_the_models_examples(
@@ -278,6 +285,28 @@ def test_escape_stops(visit: Visit, fake_app: App, videos: dict[str, Path], gate
     expect(chat.stop_button).to_be_visible()
     chat.page.keyboard.press("Escape")
     expect(chat.line).to_have_text("Stopped.")
+
+
+def test_the_card_before_a_turn_is_adjusted_and_kept_to(
+    visit: Visit, fake_app: App, videos: dict[str, Path]
+) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    expect(chat.plan).to_contain_text("48 after pooling")
+    frames = chat.plan.get_by_label("Frames")
+    frames.fill("500")
+    frames.press("Enter")
+    expect(chat.plan).to_contain_text("At most 48 frames.")
+    expect(frames).to_have_value("48")
+    frames.fill("12")
+    frames.press("Enter")
+    expect(chat.plan).to_contain_text("12 after pooling")
+    chat.plan.get_by_label("Tokens per frame").select_option("4")
+    expect(chat.plan).to_contain_text("48 after pooling")
+    chat.ask("What is it?")
+    chat.answered(1)
+    expect(chat.shots).to_have_count(3)  # of 12 frames, every fourth
+    expect(chat.plan).to_contain_text("about 12 s to read")
 
 
 def test_the_timeline_shows_frames_and_attention_and_seeks(
