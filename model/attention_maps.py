@@ -66,6 +66,7 @@ class TextMaps:
     head_mass: torch.Tensor  # (L, layers, H, T)
     frames: list[int]  # the frames with most mass, strongest first
     patches: torch.Tensor  # (layers, len(frames), N), mean over tokens and heads
+    totals: dict[int, torch.Tensor]  # of each layer, (H, L) log-sum-exp of all scores
 
 
 @torch.inference_mode()
@@ -117,7 +118,7 @@ def text_to_visual(
             for layer in layers
         ]
     )
-    return TextMaps(layers, mass, head_mass, frames, patches)
+    return TextMaps(layers, mass, head_mass, frames, patches, totals)
 
 
 @torch.inference_mode()
@@ -126,7 +127,7 @@ def patch_shares(
     store: KeyValueStore,
     tokens_per_frame: int,
     scaling: float,
-    mass: torch.Tensor,
+    log_total: torch.Tensor,
     *,
     words: bool,
     heads: bool,
@@ -138,18 +139,22 @@ def patch_shares(
         store: keys of all frames.
         tokens_per_frame: N.
         scaling: of the scores.
-        mass: (H, L, T) share on each frame, the weight with which heads and tokens are averaged.
+        log_total: (H, L) from `frame_mass`: what is averaged counts by its true weight.
         words: keep tokens apart.
         heads: keep heads apart.
 
     """
-    parts, start = [], 0
+    axes = [axis for axis, apart in ((0, heads), (1, words)) if not apart]
+    parts = []
     for keys, _ in store.blocks(block_tokens(query, tokens_per_frame)):
         blocks = keys[0].unflatten(1, (-1, tokens_per_frame))
-        spread = frame_scores(query, blocks, scaling).softmax(-1)  # (H, L, n, N)
-        share = mass[..., start : start + spread.shape[2]]
-        start += spread.shape[2]
-        parts.append(average(spread, share, words=words, heads=heads))
+        scores = frame_scores(query, blocks, scaling)  # (H, L, n, N)
+        if axes:
+            weights = scores.sub_(log_total[..., None, None]).exp_().sum(axes, keepdim=True)
+            spread = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)
+        else:
+            spread = scores.softmax(-1)
+        parts.append(spread.transpose(0, 1).half())
     return torch.cat(parts, dim=2)
 
 

@@ -138,7 +138,7 @@ def text_map(
                 memory.state.t2v[layer],
                 patches,
                 query.shape[-1] ** -0.5,
-                mass,
+                maps.totals[layer],
                 words=room.patch_words,
                 heads=room.patch_heads,
             )

@@ -61,7 +61,9 @@ def test_mass_and_patches_equal_the_full_softmax(
         axes = [axis for axis, apart in ((0, heads), (1, words)) if not apart]
         expected = full.mean(axes, keepdim=True) if axes else full
         expected = (expected / expected.sum(-1, keepdim=True)).transpose(0, 1)
-        shares = patch_shares(query, store, PATCHES, WIDTH**-0.5, mass, words=words, heads=heads)
+        shares = patch_shares(
+            query, store, PATCHES, WIDTH**-0.5, log_total, words=words, heads=heads
+        )
         torch.testing.assert_close(shares.double(), expected, atol=1e-3, rtol=0)
 
 

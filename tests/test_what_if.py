@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from model.attention_summary import Room
 from model.engine import Engine
+from model.loading import Loaded
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.types import Answer, AskRequest, InputError, WhatIf
 from model.video import decode_frames, sample_times
@@ -210,6 +212,19 @@ def test_t2v_off_is_a_model_with_closed_gates(engine: Engine, film: Path) -> Non
     assert off.text == shut.text
     mine, theirs = off.attention.map("self"), shut.attention.map("self")
     np.testing.assert_allclose(mine.heads, theirs.heads, atol=1e-3)
+
+
+@bundled
+def test_an_untrained_model_has_its_own_attention_first(engine: Engine, film: Path) -> None:
+    info = dataclasses.replace(engine.info, trained=False)
+    fresh = Engine(Loaded(engine.crosslmm, engine.processor, info, engine.folder))
+    attention = ask(fresh, film).attention
+    own = attention.map("self")
+    assert attention.main == "self" and attention.map("t2v") is not None
+    expected = own.rows().mean(0)
+    np.testing.assert_allclose(attention.timeline(), expected / expected.sum(), atol=1e-4)
+    assert attention.peak == attention.times[expected.argmax()]
+    assert [view.index for view in attention.frames] == np.argsort(-expected)[:6].tolist()
 
 
 @bundled
