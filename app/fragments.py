@@ -220,6 +220,11 @@ def messages(turns: Sequence[Turn], duration: float) -> list[dict[str, str]]:
     return shown
 
 
+def replied(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns that have an answer among `messages`, in order."""
+    return [turn for turn in turns if turn.answer or turn.outcome in ("failed", "stopped")]
+
+
 def answer_facts(turn: Turn) -> str:
     """The small print under an answer, as Markdown: where it was seen, and how fast it came."""
     facts = []

@@ -59,6 +59,8 @@ class Components:
 
 Changes = dict[Any, Any]
 
+ONLY_LAST = "Where its words looked is kept of the last answer only. Ask again to see it."
+
 _PLAN_SECONDS = 2.0  # a plan that takes longer waits for the model to load
 
 EDITING = "Change your question and send it: it takes the place of the last one."
@@ -303,6 +305,21 @@ class Handlers:
         if self.session(request).stop():
             return {self._page.stop: gr.skip()}
         return self._buttons(running=False)
+
+    def show_word(self, event: gr.EventData, request: gr.Request) -> Changes:
+        """Show where a clicked word of an answer looked; told as `answer:word`, counted from 0."""
+        session, told = self.session(request), clicked(event, "word")
+        answer, _, word = told.partition(":")
+        nothing = {self._page.line: gr.skip()}
+        if not (answer.isdecimal() and word.isdecimal() and len(told) < 12):
+            return nothing
+        replied = fragments.replied(session.turns)
+        turn = replied[int(answer)] if int(answer) < len(replied) else None
+        if turn is None or turn.result is None:
+            return nothing
+        if turn.result.attention is None:
+            return {self._page.line: fragments.status_line(Line("note", ONLY_LAST))}
+        return self.look.show_word(session, turn, int(word))
 
     async def use_tool(self, event: gr.EventData, request: gr.Request) -> AsyncIterator[Changes]:
         """Retry, edit or undo the last question, or begin a new conversation."""

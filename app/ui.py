@@ -39,6 +39,11 @@ element.addEventListener("click", (event) => {
 });
 """
 
+# A word of an answer that was clicked: page.js counts it.
+_WORD = """
+document.addEventListener("crosslmm-word", (event) => trigger("click", { word: event.detail }));
+"""
+
 
 def build(
     settings: Settings, worker: Worker, sessions: Sessions, samples: Sequence[Sample]
@@ -76,7 +81,9 @@ def build(
                 timeline = _html("", elem_id="timeline")
                 chat = _chatbot()
                 with gr.Row(elem_id="turn"):
-                    line = _html(fragments.status_line(Line("idle")), elem_id="line")
+                    line = _html(
+                        fragments.status_line(Line("idle")), elem_id="line", js_on_load=_WORD
+                    )
                     tools = _html(
                         fragments.tools(()), elem_id="tools", js_on_load=_SEND % {"name": "tool"}
                     )
@@ -220,6 +227,8 @@ def _wire(
     on(page.what_if.again, handlers.look.try_what_if, None, [page.what_if_result])
     on(page.what_if_result.click, handlers.look.stop_what_if, None, None, queue=False)
     on(status.ready, handlers.model_ready, None, [page.note, page.chips, page.plan])
+    looked = [page.line, page.attention, page.what_if, page.what_if_result]
+    on(page.line.click, handlers.show_word, None, looked)
     on(page.visit.click, handlers.go_back, None, video)
     on(page.plan.click, handlers.adjust, None, [page.plan], trigger_mode="multiple")
     on(demo.load, handlers.restore, None, video)

@@ -50,6 +50,45 @@
     if (stop) stop.click();
   });
 
+  // A click on a word of an answer shows where that word looked; the panel's own buttons do the same
+  // for the keyboard. Words are counted as the panel counts them: what lies between spaces.
+  const wordAt = (event) => {
+    const said = event.target.closest && event.target.closest('#chat [data-testid="bot"]');
+    if (!said || event.target.closest("a, em")) return null;
+    const spot = document.caretPositionFromPoint
+      ? document.caretPositionFromPoint(event.clientX, event.clientY)
+      : document.caretRangeFromPoint(event.clientX, event.clientY);
+    const node = spot && (spot.offsetNode || spot.startContainer);
+    if (!node || node.nodeType !== Node.TEXT_NODE || !said.contains(node)) return null;
+    const at = Math.min(spot.offset ?? spot.startOffset, node.data.length);
+    const start = at - node.data.slice(0, at).match(/\S*$/)[0].length;
+    const end = at + node.data.slice(at).match(/^\S*/)[0].length;
+    if (start === end) return null;
+    const before = document.createRange(), range = document.createRange();
+    before.setStart(said, 0);
+    before.setEnd(node, start);
+    range.setStart(node, start);
+    range.setEnd(node, end);
+    const answers = [...document.querySelectorAll('#chat [data-testid="bot"]')];
+    const word = before.toString().split(/\s+/).filter(Boolean).length;
+    return { range, told: `${answers.indexOf(said)}:${word}` };
+  };
+  const mark = (range) => {
+    if (!window.Highlight) return;
+    if (range) CSS.highlights.set("word", new Highlight(range));
+    else CSS.highlights.delete("word");
+  };
+  document.addEventListener("pointermove", (event) => mark(wordAt(event)?.range));
+  document.addEventListener("click", (event) => {
+    const found = wordAt(event);
+    if (!found || String(getSelection())) return;  // text that is being copied is no click
+    document.dispatchEvent(new CustomEvent("crosslmm-word", { detail: found.told }));
+    const panel = document.querySelector("#attention");
+    if (panel.getBoundingClientRect().top > innerHeight) {
+      panel.scrollIntoView({ behavior: "smooth", block: "start" });
+    }
+  });
+
   // The filmstrip is one stop of the Tab key; arrows go along it.
   document.addEventListener("keydown", (event) => {
     const shot = event.target.closest && event.target.closest(".shot");

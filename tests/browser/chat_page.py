@@ -84,6 +84,27 @@ class ChatPage:
         expect(self.ask_button).to_be_visible()
         return self.answers.nth(count - 1)
 
+    def click_word(self, answer: int, word: str) -> None:
+        """Click a word in the middle of the text of an answer, counted from 1."""
+        said = self.answers.nth(answer - 1)
+        said.scroll_into_view_if_needed()
+        place = said.evaluate(
+            """(said, word) => {
+                const walker = document.createTreeWalker(said, NodeFilter.SHOW_TEXT);
+                while (walker.nextNode()) {
+                    const start = walker.currentNode.data.indexOf(word);
+                    if (start < 0) continue;
+                    const range = document.createRange();
+                    range.setStart(walker.currentNode, start);
+                    range.setEnd(walker.currentNode, start + word.length);
+                    const box = range.getBoundingClientRect();
+                    return [box.x + box.width / 2, box.y + box.height / 2];
+                }
+            }""",
+            word,
+        )
+        self.page.mouse.click(*place)
+
     def use(self, tool: str) -> None:
         """Press one of the buttons beside the line: Retry, Edit, Undo, New conversation."""
         self.page.get_by_role("button", name=tool, exact=True).click()

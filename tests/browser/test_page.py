@@ -339,6 +339,20 @@ def test_the_timeline_shows_frames_and_attention_and_seeks(
     expect(chat.pins).not_to_have_count(1)
 
 
+def test_a_clicked_word_is_shown_in_the_panel(
+    visit: Visit, fake_app: App, videos: dict[str, Path]
+) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    chat.ask("What is it?")
+    chat.answered(1)
+    chat.click_word(1, "0:07,")
+    pressed = chat.attention.locator('[data-look^="word:"][aria-pressed="true"]')
+    expect(pressed).to_have_text("0:07,")
+    chat.click_word(1, "asked:")
+    expect(pressed).to_have_text("asked:")
+
+
 def test_an_answer_tells_where_and_when(
     visit: Visit, fake_app: App, videos: dict[str, Path]
 ) -> None:
