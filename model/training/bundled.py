@@ -44,7 +44,7 @@ TRAINED_KINDS = (
 )  # fmt: skip
 FRAMES_PER_STEP = 80
 QUESTIONS_PER_VIDEO = 6
-TRIES = 8  # videos drawn to find one that allows a kind of question
+TRIES = 12  # videos drawn to find one that allows a kind of question
 MOST_VIDEOS = 8  # of short ones: text then costs more than frames
 WHOLE_FROM = 0.8  # of the training time: from here on every patch is in the memory
 VARIED_FROM = 12  # frames at which "when" is good: then videos start late and are sampled thinly

@@ -15,7 +15,10 @@ AT_LEAST = ((0.55, 5), (0.7, 7), (0.85, 9))
 # How often a kind is asked, where not 1: these can be asked of every video and would crowd out
 # the others.
 # Numbers need the most examples (a digit must be bound to its place), and a video has few signs.
-SHARE = {"outside": 0.08, "absent": 0.25, "exists": 0.5, "number": 4.0, "word": 1.5}
+SHARE = {
+    "outside": 0.08, "absent": 0.25, "exists": 0.5, "number": 4.0, "word": 1.5, "before": 0.5,
+    "after": 0.5, "count": 0.7,
+}  # fmt: skip
 
 
 class Curriculum:

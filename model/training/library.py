@@ -139,10 +139,11 @@ class SceneLibrary:
             if names & set(shot.scene.nouns):
                 continue
             names |= set(shot.scene.nouns)
-            count = min(shot.count, frames - len(indices))
-            offset = start + (len(indices) - shot.phase) * interval
+            skip = 0 if indices else _skip(shot, frames, rng)
+            count = min(shot.count - skip, frames - len(indices))
+            offset = start + (len(indices) - shot.phase - skip) * interval
             placed.append(Placed(scaled(shot.scene, interval), offset))
-            indices += range(shot.first, shot.first + count)
+            indices += range(shot.first + skip, shot.first + skip + count)
         # A scene ends where the next one starts (phases differ, so by less than one frame).
         ends = [scene.start for scene in placed[1:]] + [start + (frames - 0.5) * interval]
         scenes = tuple(
@@ -151,6 +152,21 @@ class SceneLibrary:
         )
         times = start + interval * np.arange(frames)
         return Video(scenes, times, np.array(indices))
+
+
+def _skip(shot: Shot, frames: int, rng: random.Random) -> int:
+    """How many frames of its scene a video shorter than that leaves out at the beginning.
+
+    Signs are shown late and briefly: most videos that can show the scene's sign do.
+    """
+    room = shot.count - frames
+    if room <= 0:
+        return 0
+    sign = shot.scene.sign
+    seen = [j for j in range(shot.count) if sign and sign.visible(shot.phase + j)]
+    if not seen or rng.random() < 0.2:
+        return rng.randint(0, room)
+    return min(max(rng.choice(seen) - rng.randrange(frames), 0), room)
 
 
 def scaled(scene: Scene, factor: float) -> Scene:
