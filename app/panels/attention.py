@@ -99,6 +99,8 @@ def _words(look: Look) -> str:
             '<p class="words-note">The video is read before the question is, so this map is the '
             "same for every word of every answer.</p>"
         )
+    if len(look.words) < 2:
+        return ""  # nothing to choose
     if not shown.exact(slice(0, 1)):
         return '<p class="words-note">Long answer and video: all words are shown together.</p>'
     chosen = look.choice.word if look.word is not None else None
