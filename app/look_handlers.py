@@ -61,8 +61,9 @@ class LookHandlers:
         shown = session.looking.look
         if shown is None or shown.answer is not turn.result:
             changes = self.show(session, turn)
-        if session.looking.look is not None:
-            kind = "t2v" if session.looking.look.attention.main == "t2v" else "self"
+        look = session.looking.look
+        if look is not None and look.maps and word < len(look.words):
+            kind = "t2v" if look.attention.main == "t2v" else "self"
             session.looking.apply(f"kind:{kind}")
             session.looking.apply(f"word:{word}")
         return {**changes, self._parts.attention: self._panel(session)}
