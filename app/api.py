@@ -109,6 +109,7 @@ class Endpoints:
         question: str,
         max_frames: int = 0,
         max_new_tokens: int = 0,
+        tokens_per_frame: int = 0,
         session: str = "",
     ) -> AsyncIterator[Told]:
         """Ask about the video that was added; earlier questions about it are remembered.
@@ -117,6 +118,7 @@ class Endpoints:
             question: in plain words
             max_frames: most frames of the video to look at; 0 for the app's own setting
             max_new_tokens: longest answer in tokens; 0 for the app's own setting
+            tokens_per_frame: a square number such as 1, 4 or 9; 0 for the model's own
             session: whose video, as adding it returned; empty for this client
 
         Returns:
@@ -125,7 +127,11 @@ class Endpoints:
 
         """
         own = self._session(request, session)
-        wanted = Choices(number(max_frames, "max_frames"), number(max_new_tokens, "max_new_tokens"))
+        wanted = Choices(
+            number(max_frames, "max_frames"),
+            number(max_new_tokens, "max_new_tokens"),
+            number(tokens_per_frame, "tokens_per_frame"),
+        )
         choices, clamped = within(wanted, self._settings)
         turns = run_turn(own, question, self._worker, self._settings, choices.over(own.choices))
         async for update in turns:

@@ -121,8 +121,10 @@ async def run_turn(
 
     Closing the iterator stops the job.
     """
+    choices = choices or session.choices
     try:
         question = check_question(session, message, settings)
+        what_if = WhatIf(pooled_tokens=choices.pooled_tokens)
     except InputError as error:
         # The running answer goes on writing its own lines; it repeats this one from now on.
         session.remark = BUSY if str(error) == BUSY else ""
@@ -133,7 +135,6 @@ async def run_turn(
         session.turns.pop()
     session.replacing = False
     assert session.video is not None
-    choices = choices or session.choices
     request = AskRequest(
         video=str(session.video.path),
         question=question,
@@ -143,7 +144,7 @@ async def run_turn(
         strongest_frames=settings.strongest_frames,
         bounds=settings.read_bounds,
         map_bytes=settings.map_bytes,
-        what_if=WhatIf(pooled_tokens=session.choices.pooled_tokens),
+        what_if=what_if,
     )
     turn = Turn(question, request=request)
     session.turns.append(turn)

@@ -19,11 +19,20 @@ class Choices:
     def over(self, other: Choices) -> Choices:
         """These, and the other's where these say nothing."""
         return Choices(
-            self.max_frames or other.max_frames, self.max_new_tokens or other.max_new_tokens
+            self.max_frames or other.max_frames,
+            self.max_new_tokens or other.max_new_tokens,
+            self.pooled_tokens or other.pooled_tokens,
         )
 
 
-_LABELS = {"max_frames": "The number of frames", "max_new_tokens": "The length of answers"}
+MOST_NEW_TOKENS = 2048  # of one answer, where the app sets no limit of its own
+MOST_POOLED_TOKENS = 4096  # of one frame; no encoder has more to pool
+
+_LABELS = {
+    "max_frames": "The number of frames",
+    "max_new_tokens": "The length of answers",
+    "pooled_tokens": "The tokens of a frame",
+}
 
 
 def within(choices: Choices, settings: Settings) -> tuple[Choices, tuple[str, ...]]:
@@ -31,6 +40,7 @@ def within(choices: Choices, settings: Settings) -> tuple[Choices, tuple[str, ..
     most = {
         "max_frames": settings.max_frames or MOST_FRAMES,
         "max_new_tokens": settings.max_new_tokens or MOST_NEW_TOKENS,
+        "pooled_tokens": MOST_POOLED_TOKENS,
     }
     notices = []
     for name, limit in most.items():
@@ -42,6 +52,3 @@ def within(choices: Choices, settings: Settings) -> tuple[Choices, tuple[str, ..
             choices = replace(choices, **{name: given})
             notices.append(f"{_LABELS[name]} became {given}; 1 to {limit} can be chosen here.")
     return choices, tuple(notices)
-
-
-MOST_NEW_TOKENS = 2048  # of one answer, where the app sets no limit of its own

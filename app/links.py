@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlencode
@@ -11,7 +12,7 @@ from app.settings import Settings
 from app.sources import Sample, Video
 
 _MOST_CHARS = 64  # of one value; longer ones are not from us
-_NUMBERS = {"frames": "max_frames", "answer": "max_new_tokens"}
+_NUMBERS = {"frames": "max_frames", "tokens": "pooled_tokens", "answer": "max_new_tokens"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ def restore(
             numbers[field] = int(text)
         elif text is not None:
             notices.append(f"The link's {name} is not a number and was left out.")
+    tokens = numbers.get("pooled_tokens")
+    if tokens is not None and (tokens < 1 or math.isqrt(tokens) ** 2 != tokens):
+        del numbers["pooled_tokens"]
+        notices.append("The link's tokens form no square grid and were left out.")
     choices, clamped = within(Choices(**numbers), settings)
     if model and given.get("model", model) != model:
         notices.append("The link was made with another model than the one that runs here.")
@@ -72,6 +77,8 @@ def told(restored: Restored) -> str:
     parts = [f"the sample “{restored.sample.title}”"] if restored.sample is not None else []
     if restored.choices.max_frames is not None:
         parts.append(f"at most {restored.choices.max_frames} frames")
+    if restored.choices.pooled_tokens is not None:
+        parts.append(f"{restored.choices.pooled_tokens} tokens per frame")
     if restored.choices.max_new_tokens is not None:
         parts.append(f"answers of at most {restored.choices.max_new_tokens} tokens")
     what = f"Restored from the link: {', '.join(parts)}." if parts else ""

@@ -17,12 +17,14 @@ def run_card(
     answer: Answer, model: ModelInfo | None, video: Video | None, choices: Choices
 ) -> dict[str, Any]:
     """Describe the run behind an answer. Holds no question and no name of a visitor's file."""
-    used = Choices(max_frames=len(answer.frame_times), max_new_tokens=choices.max_new_tokens)
+    tokens = answer.savings.crosslmm.tokens_per_frame
+    usual = model is None or tokens == model.pooled_tokens_per_frame
+    used = Choices(len(answer.frame_times), choices.max_new_tokens, None if usual else tokens)
     return {
         "model": _model(answer, model),
         "settings": {
             "frames": len(answer.frame_times),
-            "pooled_tokens_per_frame": answer.savings.crosslmm.tokens_per_frame,
+            "pooled_tokens_per_frame": tokens,
             "max_new_tokens": choices.max_new_tokens,
             "decoding": "greedy",
             "seed": None,  # greedy decoding draws nothing at random

@@ -113,6 +113,8 @@ def test_frames_of_one_question_are_chosen_and_clamped(client: Client) -> None:
     many = client.predict("What?", max_frames=10**9, api_name="/ask")
     assert many["notices"] == ["The number of frames became 4096; 1 to 4096 can be chosen here."]
     assert len(client.predict("What?", api_name="/ask")["frame_times"]) == 48
+    with pytest.raises(AppError, match="8 is not"):
+        client.predict("What?", tokens_per_frame=8, api_name="/ask")
     for wrong in (-1, "7", 1.5, True, None):
         with pytest.raises(AppError, match="max_frames must be a whole number from 0 on"):
             client.predict("What?", max_frames=wrong, api_name="/ask")

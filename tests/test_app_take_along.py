@@ -59,15 +59,15 @@ def test_the_card_says_what_ran_and_nothing_private(answer: Answer, session: Ses
 
 def test_a_link_restores_the_sample_and_the_settings(answer: Answer) -> None:
     for sample in SAMPLES:
-        link = query(sample_video(sample, answer), Choices(48, 30), "fake")
+        link = query(sample_video(sample, answer), Choices(48, 30, 4), "fake")
         params = dict(pair.split("=") for pair in link.removeprefix("?").split("&"))
         restored = restore(params, Settings(), SAMPLES, "fake")
         assert restored.sample is sample
-        assert restored.choices == Choices(48, 30)
+        assert restored.choices == Choices(48, 30, 4)
         assert restored.notices == ()
         assert told(restored) == (
             f"Restored from the link: the sample “{sample.title}”, at most 48 frames, "
-            "answers of at most 30 tokens."
+            "4 tokens per frame, answers of at most 30 tokens."
         )
 
 
@@ -85,6 +85,8 @@ def test_a_link_of_a_visitors_own_video_names_no_file(session: Session) -> None:
             "The number of frames became 64; 1 to 64 can be chosen here.",
         ),
         ({"frames": "0"}, Choices(1), "The number of frames became 1;"),
+        ({"tokens": "8"}, Choices(), "form no square grid"),
+        ({"tokens": "9", "frames": "2"}, Choices(2, None, 9), "9 tokens per frame"),
         ({"frames": "-5"}, Choices(), "The link's frames is not a number"),
         ({"answer": "1e9"}, Choices(), "The link's answer is not a number"),
         ({"frames": "٣"}, Choices(), "is not a number"),
