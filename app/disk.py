@@ -87,7 +87,7 @@ class Disk:
 def _open_files() -> set[str]:
     """Paths of the files that this process holds open."""
     held = set()
-    for descriptor in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            held.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+    for descriptor in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            held.add(os.readlink(descriptor))
     return held

@@ -294,5 +294,8 @@ class Sessions:
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
-            self.end_expired()
-            self.make_room()
+            try:
+                self.end_expired()
+                self.make_room()
+            except OSError as error:  # a disk that fails now may work later
+                log("tidying_failed", error=type(error).__name__)

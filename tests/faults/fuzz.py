@@ -23,7 +23,7 @@ from model.types import InputError, ReadBounds
 from model.video_sandbox import decode_frames, probe
 from tests.faults.conftest import Watched, watched_app
 from tests.faults.summary import percentile, report
-from tests.faults.visitor import META, Refused, Visitor
+from tests.faults.visitor import DEFAULTS, META, Refused, Visitor
 from tests.media import make_video
 
 CODECS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "av1": "libsvtav1"}
@@ -143,8 +143,13 @@ def payloads(count: int, rng: random.Random) -> Iterator[tuple[str, bytes]]:
     ]  # fmt: skip
     names = ["ask", "add_video", "add_video_url", "add_sample", "stop", "page_ask", "nothing"]
     for _ in range(count):
+        name = rng.choice(names)
         data: Any = [rng.choice(values) for _ in range(rng.choice((0, 1, 1, 1, 2, 9)))]
-        body: Any = {"data": data, "session_hash": rng.choice([rng.randbytes(6).hex(), None, 5])}
+        if rng.random() < 0.6:  # as many values as the endpoint wants
+            data = [rng.choice(values), *DEFAULTS.get(name, ())]
+            data[rng.randrange(len(data))] = rng.choice(values)
+        key = rng.randbytes(6).hex()
+        body: Any = {"data": data, "session_hash": rng.choice([key, key, key, None, 5])}
         if rng.random() < 0.2:
             body[rng.choice(("fn_index", "event_id", "event_data", "trigger_id"))] = rng.choice(
                 values
@@ -155,7 +160,7 @@ def payloads(count: int, rng: random.Random) -> Iterator[tuple[str, bytes]]:
             for _ in range(rng.choice((1, 5))):
                 broken[rng.randrange(len(broken))] = rng.randrange(256)
             text = bytes(broken)
-        where = rng.choice(("call/" + rng.choice(names), "run/" + rng.choice(names), "queue/join"))
+        where = rng.choice((f"call/{name}", f"call/{name}", f"run/{name}", "queue/join"))
         yield f"/gradio_api/{where}", text
 
 
