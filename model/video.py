@@ -94,7 +94,8 @@ def _is_avi(start: bytes) -> bool:
 
 def _check_stream(video: OpenVideo, limits: VideoLimits) -> str:
     stream = video.stream
-    name = stream.codec_context.name
+    # A damaged file can name a codec that FFmpeg does not know; PyAV has no context for it.
+    name = stream.codec_context.name if stream.codec_context is not None else "an unknown format"
     if name not in CODECS:
         raise InputError(
             f"The video is coded as {name}; {', '.join(sorted(set(CODECS.values())))} can be read."

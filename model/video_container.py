@@ -91,7 +91,12 @@ class OpenVideo:
         }
         try:
             self.container: InputContainer = av.open(
-                self._file, "r", buffer_size=READ_SIZE, io_open=_refuse, container_options=options
+                self._file,
+                "r",
+                buffer_size=READ_SIZE,
+                io_open=_refuse,
+                container_options=options,
+                metadata_errors="replace",  # titles and the like; not read, and not always text
             )
         except BaseException:
             self._file.close()

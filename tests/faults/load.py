@@ -37,7 +37,8 @@ class Crowd:
 
     def visit(self, number: int, app: Watched, film: Path, until: float, bundled: bool) -> None:
         try:
-            client = Client(app.url, verbose=False)
+            # Fifty clients in one program on a busy machine are slow themselves.
+            client = Client(app.url, verbose=False, httpx_kwargs={"timeout": 120})
             added = self._patiently(client, handle_file(film), "/add_video", until)
             if added is None:
                 return

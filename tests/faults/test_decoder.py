@@ -18,6 +18,7 @@ from model.types import InputError, ReadBounds, Stopped, VideoInfo, VideoLimits
 from model.video_sandbox import decode_frames, probe
 from tests.app_server import ROOT
 from tests.faults import decoder
+from tests.media import make_video
 
 BOUNDS = ReadBounds(check_seconds=60, frame_seconds=60, read_seconds=60, memory=500 * 10**6)
 SHORT = ReadBounds(check_seconds=2, frame_seconds=2, read_seconds=2)
@@ -171,3 +172,16 @@ def test_a_playlist_called_mp4_opens_nothing(tmp_path: Path) -> None:
                 probe(path, bounds=BOUNDS)
         with pytest.raises(TimeoutError):
             listener.accept()
+
+
+def test_a_codec_that_nobody_knows_and_titles_that_are_no_text(tmp_path: Path) -> None:
+    """Row 8: found by fuzzing."""
+    film, odd = tmp_path / "film.mkv", tmp_path / "odd.mp4"
+    make_video(film, duration=2, fps=10, size=(96, 64))
+    content = film.read_bytes()
+    assert b"V_MPEG4/ISO/AVC" in content and b"00:00:02.00" in content
+    odd.write_bytes(content.replace(b"V_MPEG4/ISO/AVC", b"V_NONSENSE/NONE"))
+    with pytest.raises(InputError, match="coded as an unknown format"):
+        probe(odd, bounds=BOUNDS)
+    odd.write_bytes(content.replace(b"00:00:02.00", b"00:00:02.\xc6\xdf"))
+    assert probe(odd, bounds=BOUNDS).codec == "h264"
