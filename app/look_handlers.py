@@ -48,10 +48,11 @@ class LookHandlers:
         """Turn the panel to a turn's answer, or empty it."""
         answer = turn.result if turn is not None else None
         session.looking.show(answer, turn.request if turn is not None else None)
-        model = self._worker.status().model
+        model, asked = self._worker.status().model, session.looking.request
+        tokens = asked.what_if.pooled_tokens if asked is not None else None
         return {
             self._parts.attention: self._panel(session),
-            self._parts.what_if: what_if_form(session.looking.look, model),
+            self._parts.what_if: what_if_form(session.looking.look, model, tokens),
             self._parts.result: "",
         }
 

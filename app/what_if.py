@@ -11,7 +11,7 @@ from app.chat import Asks
 from app.jobs import Cancelled, Queued
 from app.panels.draw import clock
 from app.sessions import Session
-from model.types import Answer, Failure, InputError, Piece, Progress, WhatIf
+from model.types import Answer, AskRequest, Failure, InputError, Piece, Progress, WhatIf
 
 _TIME = re.compile(r"(?:(\d{1,2}):)?(\d{1,3}):(\d{2}(?:\.\d+)?)|(\d+(?:\.\d+)?)")
 _STAGES = {
@@ -98,6 +98,12 @@ def _span(start: float, end: float) -> str:
     return f"{clock(start)} to {clock(math.ceil(end))}"
 
 
+def changed(request: AskRequest, what_if: WhatIf) -> AskRequest:
+    """The same question with a what-if; a number of tokens that was chosen before it stays."""
+    tokens = what_if.pooled_tokens or request.what_if.pooled_tokens
+    return replace(request, what_if=replace(what_if, pooled_tokens=tokens))
+
+
 async def try_what_if(session: Session, worker: Asks, what_if: WhatIf) -> AsyncIterator[Tried]:
     """Ask the shown question again, changed; the conversation stays as it is.
 
@@ -111,7 +117,7 @@ async def try_what_if(session: Session, worker: Asks, what_if: WhatIf) -> AsyncI
         yield Tried(what_if, problem="An answer is still on its way. Try again when it is there.")
         return
     token = looking.token
-    job = session.job = worker.submit(replace(looking.request, what_if=what_if))
+    job = session.job = worker.submit(changed(looking.request, what_if))
     now = Tried(what_if)
     try:
         yield now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
 from pathlib import Path
 
@@ -106,6 +107,18 @@ def test_a_what_if_asks_the_same_and_leaves_the_conversation_alone(session: Sess
         what_if,
     )
     assert session.turns == [] and session.looking.look is shown
+
+
+def test_a_number_of_tokens_that_was_chosen_before_stays(session: Session) -> None:
+    before = dataclasses.replace(REQUEST, what_if=WhatIf(pooled_tokens=4))
+    session.looking.show(ask(before), before)
+    worker = OneWorker()
+    run(session, worker, WhatIf(t2v=False))
+    run(session, worker, WhatIf(pooled_tokens=9))
+    kept, other = (request.what_if for request in worker.asked)
+    assert kept == WhatIf(t2v=False, pooled_tokens=4) and other == WhatIf(pooled_tokens=9)
+    html = what_if_form(session.looking.look, INFO, 4)
+    assert "4 (as it is)" in html and '<option value="1">' in html
 
 
 def test_a_what_if_waits_for_no_other_answer(session: Session) -> None:

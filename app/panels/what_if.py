@@ -13,11 +13,11 @@ from model.types import Answer, AttentionMap, ModelInfo
 _MOST_TOKENS = 36  # per frame, that the form offers
 
 
-def what_if_form(look: Look | None, model: ModelInfo | None) -> str:
-    """The form under an answer; nothing before there is one."""
+def what_if_form(look: Look | None, model: ModelInfo | None, tokens: int | None = None) -> str:
+    """The form under an answer, `tokens` per frame if not the model's own; else nothing."""
     if look is None:
         return ""
-    own = model.pooled_tokens_per_frame if model is not None else 0
+    own = tokens or (model.pooled_tokens_per_frame if model is not None else 0)
     most = min(_MOST_TOKENS, model.original_tokens_per_frame if model is not None else _MOST_TOKENS)
     squares = [side * side for side in range(1, most + 1) if side * side <= most]
     options = "".join(
