@@ -10,6 +10,7 @@ from app.logs import log
 from app.settings import Settings, show_bytes
 
 _FORM_BYTES = 10**6  # what a form may add around a file, which Gradio measures by itself
+_HEARD_BYTES = 8 * 10**6
 _UPLOAD = "/upload"
 
 
@@ -35,6 +36,7 @@ class Gate:
         said = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         length = int(said) if said.isdigit() else 0
         if length > most:
+            await _hear_out(receive)
             await _refuse(scope, receive, send, 413, self._too_large(upload))
             return
         if upload and not self._disk.has_room(length):
@@ -84,6 +86,16 @@ class Gate:
             return f"The file is too large; at most {most} are taken."
         most = show_bytes(self._settings.max_request_bytes)
         return f"The request is too large; at most {most} are taken."
+
+
+async def _hear_out(receive: Receive) -> None:
+    """Let go by what comes, up to a point: many clients read no reply before they have sent all."""
+    left = _HEARD_BYTES
+    while left > 0:
+        message = await receive()
+        left -= len(message.get("body", b"")) + 1
+        if not message.get("more_body", False):
+            return
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, text: str) -> None:

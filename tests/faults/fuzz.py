@@ -23,7 +23,7 @@ from model.types import InputError, ReadBounds
 from model.video_sandbox import decode_frames, probe
 from tests.faults.conftest import Watched, watched_app
 from tests.faults.summary import percentile, report
-from tests.faults.visitor import DEFAULTS, META, Refused, Visitor
+from tests.faults.visitor import META, Refused, Visitor, defaults
 from tests.media import make_video
 
 CODECS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "av1": "libsvtav1"}
@@ -132,8 +132,10 @@ def fuzz_videos(count: int, seed: int, folder: Path, app: Watched, wrong: list[s
     }
 
 
-def payloads(count: int, rng: random.Random) -> Iterator[tuple[str, bytes]]:
-    """Pairs of a path and a body."""
+def payloads(
+    count: int, rng: random.Random, more: dict[str, tuple[Any, ...]]
+) -> Iterator[tuple[str, bytes]]:
+    """Pairs of a path and a body; `more` follows the first value of an endpoint."""
     values: list[Any] = [
         None, True, -1, 2**63, 1e308, "", " ", "\0", "x" * 3000, "<script>", "../../etc/passwd",
         [], {}, [[]], {"path": "/etc/passwd", "meta": META}, {"path": None, "meta": META},
@@ -146,7 +148,7 @@ def payloads(count: int, rng: random.Random) -> Iterator[tuple[str, bytes]]:
         name = rng.choice(names)
         data: Any = [rng.choice(values) for _ in range(rng.choice((0, 1, 1, 1, 2, 9)))]
         if rng.random() < 0.6:  # as many values as the endpoint wants
-            data = [rng.choice(values), *DEFAULTS.get(name, ())]
+            data = [rng.choice(values), *more.get(name, ())]
             data[rng.randrange(len(data))] = rng.choice(values)
         key = rng.randbytes(6).hex()
         body: Any = {"data": data, "session_hash": rng.choice([key, key, key, None, 5])}
@@ -167,7 +169,8 @@ def payloads(count: int, rng: random.Random) -> Iterator[tuple[str, bytes]]:
 def fuzz_payloads(count: int, seed: int, app: Watched, wrong: list[str]) -> dict:
     statuses: collections.Counter[str] = collections.Counter()
     spent: list[float] = []
-    for number, (path, body) in enumerate(payloads(count, random.Random(seed))):
+    more = defaults(Visitor(app.url).address)
+    for number, (path, body) in enumerate(payloads(count, random.Random(seed), more)):
         visitor, started = Visitor(app.url, patience=60), time.monotonic()
         try:
             status, told = visitor.post(path, body)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import secrets
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 PATIENCE = 120.0  # seconds; only a broken app needs them
-# What follows an endpoint's first value.
-DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "ask": (0, 0, ""),
-    "add_video": ("",),
-    "add_video_url": ("",),
-    "add_sample": ("",),
-}
 META = {"_type": "gradio.FileData"}
 
 
@@ -74,7 +69,7 @@ class Visitor:
         return json.loads(body)[0]
 
     def begin(self, name: str, *data: Any) -> str:
-        values = [*data, *DEFAULTS[name][len(data) - 1 :]]
+        values = [*data, *defaults(self.address).get(name, ())[len(data) - 1 :]]
         status, body = self.post(
             f"/gradio_api/call/{name}", {"data": values, "session_hash": self.key}
         )
@@ -121,6 +116,17 @@ class Visitor:
 
     def ask(self, question: str) -> dict[str, Any]:
         return self.call("ask", question)
+
+
+@functools.cache
+def defaults(address: str) -> dict[str, tuple[Any, ...]]:
+    """What follows the first value of each endpoint, as the app itself tells."""
+    with urllib.request.urlopen(f"http://{address}/gradio_api/info", timeout=PATIENCE) as reply:
+        endpoints = json.load(reply)["named_endpoints"]
+    return {
+        name.strip("/"): tuple(one["parameter_default"] for one in told["parameters"][1:])
+        for name, told in endpoints.items()
+    }
 
 
 def form(name: str) -> tuple[bytes, bytes]:
