@@ -59,7 +59,7 @@ class Components:
 
 Changes = dict[Any, Any]
 
-ONLY_LAST = "Where its words looked is kept of the last answer only. Ask again to see it."
+NOT_KEPT = "Where its words looked is kept of the latest answers only. Ask again to see it."
 
 _PLAN_SECONDS = 2.0  # a plan that takes longer waits for the model to load
 
@@ -318,7 +318,7 @@ class Handlers:
         if turn is None or turn.result is None:
             return nothing
         if turn.result.attention is None:
-            return {self._page.line: fragments.status_line(Line("note", ONLY_LAST))}
+            return {self._page.line: fragments.status_line(Line("note", NOT_KEPT))}
         return self.look.show_word(session, turn, int(word))
 
     async def use_tool(self, event: gr.EventData, request: gr.Request) -> AsyncIterator[Changes]:

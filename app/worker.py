@@ -148,7 +148,9 @@ class Worker:
 
     def forget(self, video: str) -> None:
         """Drop what the model keeps of a file, as soon as it is idle."""
-        self._inbox.put(lambda: self._forget.append(video))
+        # Noted at once, and not by the inbox: a question asked after this must come after it.
+        self._forget.append(video)
+        self._inbox.put(lambda: None)
 
     def close(self, patience: float = 3.0) -> None:
         """End the child and fail what is left; returns when both have happened."""

@@ -36,12 +36,14 @@ from model.training.evidence_guide import EvidenceGuide
 from model.training.library import SceneLibrary, Video, encode_library, render_library
 from model.training.packing import IGNORE, Packed, PromptIds, pack
 from model.training.tokenizer import train_tokenizer
+from model.training.world_phrases import OUTSIDE_ANSWER
 from model.training.world_questions import KINDS, QA, all_texts, questions
 
 TRAINED_KINDS = (
     "number", "word", "colour", "when", "before", "after", "count", "where", "exists", "absent",
     "outside",
 )  # fmt: skip
+NOT_TRAINED = ("scenes", "direction")  # of the world's kinds, by default
 FRAMES_PER_STEP = 80
 QUESTIONS_PER_VIDEO = 6
 TRIES = 12  # videos drawn to find one that allows a kind of question
@@ -240,6 +242,7 @@ class Trainer:
             for _ in range(TRIES):
                 video = self.library.video(rng, frames, interval, start)
                 found = questions(video.scenes, rng, kinds, video.times.tolist(), per_kind=3)
+                found += self._refused(video, rng)
                 if any(qa.kind == wanted for qa in found):
                     break
             if not found:
@@ -255,6 +258,12 @@ class Trainer:
             [torch.from_numpy(self.library.features[v.frames]) for v in videos]
         ).to(torch.bfloat16)
         return videos, packed, features
+
+    def _refused(self, video: Video, rng: random.Random) -> list[QA]:
+        """Questions of the kinds that are not trained: the model is to say what it can answer."""
+        others = [kind for kind in NOT_TRAINED if kind not in self.curriculum.level]
+        asked = questions(video.scenes, rng, others, video.times.tolist(), per_kind=1)
+        return [QA("outside", qa.question, OUTSIDE_ANSWER) for qa in asked]
 
     def forward(self, packed: Packed, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss over answers' tokens, and the predicted ids (B, L)."""

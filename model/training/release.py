@@ -36,8 +36,11 @@ EXAMPLES = {
 }
 
 
-def release(source: Path, target: Path, kinds: list[str]) -> None:
-    """Write `target` from the training folder `source`; `kinds` are what it was trained on."""
+def release(source: Path, target: Path, kinds: list[str], show: list[str] | None = None) -> None:
+    """Write `target` from the training folder `source`.
+
+    `kinds` are what it was trained on, `show` those that the page suggests (all when None).
+    """
     crosslmm = CrossLMMForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
     crosslmm.save_pretrained(target)
     CrossLMMProcessor.from_pretrained(source).save_pretrained(target)
@@ -45,7 +48,7 @@ def release(source: Path, target: Path, kinds: list[str]) -> None:
         "name": NAME,
         "note": NOTE,
         "kinds": kinds,
-        "examples": [EXAMPLES[kind] for kind in kinds if kind in EXAMPLES],
+        "examples": [EXAMPLES[kind] for kind in show or kinds if kind in EXAMPLES],
     }
     (target / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     write_sums(target)
@@ -67,9 +70,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
+    parser.add_argument(
+        "--show", nargs="+", choices=sorted(EXAMPLES), help="kinds that the page suggests"
+    )
     args = parser.parse_args()
     saved = torch.load(args.source / "checkpoint.pt", weights_only=False, map_location="cpu")
-    release(args.source, args.target, list(saved["curriculum"]["level"]))
+    release(args.source, args.target, list(saved["curriculum"]["level"]), args.show)
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def test_retry_edit_and_undo(
     expect(chat.answered(3)).to_contain_text("after 2 turns")
     chat.use("Undo")
     expect(chat.answers).to_have_count(2)
-    expect(chat.frames).to_have_count(0)
+    expect(chat.frames).not_to_have_count(0)  # of the answer that is the last one now
 
 
 def test_escape_stops(visit: Visit, fake_app: App, videos: dict[str, Path], gates: Gates) -> None:

@@ -119,7 +119,8 @@ def test_a_worker_that_breaks_is_replaced(
         survivor = outcome(other, "Still there?")
         assert said in broken.result()
     assert survivor.startswith("You asked: Still there?")
-    assert app.app.health()["restarts"] == restarts + 1
+    # The other visitor may have been answered before the broken question had its turn.
+    until(lambda: app.app.health()["restarts"] == restarts + 1)
     app.app.wait_for("ready")
 
 
