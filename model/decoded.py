@@ -5,13 +5,14 @@ The pixels lie in a file that another process maps; everything else is small and
 
 from __future__ import annotations
 
-import queue
 import secrets
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from model.frame_reader import FrameChunk
 from model.types import StopCheck, Stopped, VideoInfo
 
 
@@ -36,34 +37,33 @@ class Decoded:
 
     @classmethod
     def collect(
-        cls, chunks: queue.Queue, folder: Path, info: VideoInfo, asked: int, stop: StopCheck
+        cls,
+        chunks: Iterable[FrameChunk],
+        folder: Path,
+        info: VideoInfo,
+        asked: int,
+        stop: StopCheck,
     ) -> Decoded:
-        """Write what the engine's reader put into `chunks`; raises what it raised, or `Stopped`."""
+        """Write what is read; raises what reading raises, and `Stopped`."""
         pixels, rest = [], []
-        while (item := chunks.get_nowait()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            frames, times, pictures, seconds, failed = item
-            pixels.append(frames)
-            rest.append(DecodedChunk(tuple(times.tolist()), tuple(pictures), seconds, failed))
+        for chunk in chunks:
+            pixels.append(chunk.pixels)
+            times = tuple(chunk.times.tolist())
+            rest.append(DecodedChunk(times, chunk.pictures, chunk.seconds, chunk.failed))
         if stop():
             raise Stopped("stopped while reading the video")
         file = folder / f"{secrets.token_hex(8)}.pt"
         torch.save(pixels, file)
         return cls(file, info, asked, tuple(rest))
 
-    def feed(self, chunks: queue.Queue, stop: StopCheck) -> None:
-        """Put the chunks into a queue, as the engine's reader does; runs in its thread."""
-        try:
-            pixels = torch.load(self.file, mmap=True)
-            for frames, chunk in zip(pixels, self.chunks, strict=True):
-                if stop():
-                    break
-                times = torch.tensor(chunk.times)
-                chunks.put((frames, times, list(chunk.pictures), chunk.seconds, chunk.failed))
-            chunks.put(None)
-        except BaseException as error:  # handed to the thread that reads the queue
-            chunks.put(error)
+    def read(self, stop: StopCheck) -> Iterator[FrameChunk]:
+        """The chunks again, until `stop` turns true."""
+        pixels = torch.load(self.file, mmap=True)
+        for frames, chunk in zip(pixels, self.chunks, strict=True):
+            if stop():
+                return
+            times = torch.tensor(chunk.times)
+            yield FrameChunk(frames, times, chunk.pictures, chunk.seconds, chunk.failed)
 
     @property
     def frames(self) -> int:

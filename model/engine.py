@@ -5,32 +5,23 @@ Imports no Gradio. Runs in the background worker, in the command line and in eva
 
 from __future__ import annotations
 
-import io
-import queue
-import threading
 import time
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from transformers import StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
 
 from model.attention_summary import summarize
 from model.decoded import Decoded
 from model.filmstrip import frames_read
 from model.frame_encoder import FrameEncoder
-from model.guards import (
-    EndlessRepetition,
-    FiniteScores,
-    LayerStop,
-    free_memory,
-    is_out_of_memory,
-)
+from model.frame_reader import CHUNK_FRAMES, read_ahead, read_chunks
+from model.generation import Generation
+from model.guards import LayerStop, free_memory, is_out_of_memory
 from model.key_value_store import PRECISIONS
 from model.loading import Loaded, load
 from model.map_capture import MapCapture
@@ -46,10 +37,8 @@ from model.types import (
     InputError,
     ModelFault,
     ModelInfo,
-    Piece,
     PlanRequest,
     Progress,
-    ReadBounds,
     StopCheck,
     Stopped,
     Timings,
@@ -61,12 +50,8 @@ from model.types import (
 from model.video import sample_times
 from model.video_entry import VideoEntry, check_frames, check_tokens
 from model.video_memory import MemoryPool
-from model.video_sandbox import decode_frames, probe
+from model.video_sandbox import probe
 
-CHUNK_FRAMES = 16  # frames encoded and prefilled together
-CHUNKS_AHEAD = 2  # decoded chunks that may wait for the model
-THUMBNAIL_SIDE = 320  # pixels, longer side of the pictures kept for the page
-MANY_FRAMES, SMALL_SIDE = 512, 192  # above so many frames, pictures are smaller
 SECONDS_PER_TOKEN = 0.05  # of an answer, when its time is foretold
 FEATURES_SHARE = 8  # encoder features are kept for what-ifs up to this part of the budget
 
@@ -90,41 +75,6 @@ class _Turn:
     started: float = field(default_factory=time.perf_counter)
     planned: int = 0  # frames of the first try
     said: bool = False
-
-
-class _Pieces(BaseStreamer):
-    """Turns generated ids into pieces of text that never change once shown."""
-
-    def __init__(self, tokenizer, events: queue.Queue) -> None:  # noqa: ANN001 (any tokenizer)
-        self.tokenizer = tokenizer
-        self.events = events
-        self.ids: list[int] = []
-        self.shown = ""
-        self.first_token: float | None = None
-        self._prompt = True
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._prompt:  # generate hands over the prompt first
-            self._prompt = False
-            return
-        if self.first_token is None:
-            self.first_token = time.perf_counter()
-        self.ids += value.flatten().tolist()
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd") and len(text) > len(self.shown):
-            self.events.put(Piece(text[len(self.shown) :]))
-            self.shown = text
-
-    def end(self) -> None:
-        pass
-
-
-class _StopOn(StoppingCriteria):
-    def __init__(self, stop: StopCheck) -> None:
-        self.stop = stop
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        return torch.full((len(input_ids),), bool(self.stop()), device=input_ids.device)
 
 
 class Engine:
@@ -206,8 +156,7 @@ class Engine:
             max_frames=min(request.max_frames or self.processor.max_frames, MOST_FRAMES),
             frame_rate=self.processor.frame_rate,
         )
-        chunks: queue.Queue = queue.Queue()
-        self._decode(info, times, bounds, chunks, stop)
+        chunks = read_chunks(self.processor, info, times, bounds, stop)
         return Decoded.collect(chunks, folder, info, len(times), stop)
 
     def model_seconds(
@@ -359,42 +308,24 @@ class Engine:
         entry.frames_left_out = turn.planned - len(times)
         encoder = FrameEncoder(self.crosslmm.model, self.repeat_threshold)
         entry.clamped = turn.key[-1] > MOST_FRAMES and len(times) == MOST_FRAMES
-        chunks: queue.Queue = queue.Queue(CHUNKS_AHEAD)
-        quit_reading = threading.Event()
-
-        def quitting() -> bool:
-            return quit_reading.is_set() or stop()
-
         if decoded is not None and decoded.asked == len(times):
-            reader = threading.Thread(target=decoded.feed, args=(chunks, quitting), daemon=True)
+            source = decoded.read
         else:
-            arguments = info, times, bounds, chunks, quitting
-            reader = threading.Thread(target=self._decode, args=arguments, daemon=True)
-        reader.start()
+            source = partial(read_chunks, self.processor, info, times, bounds)
         total = len(times)
         self._layer_stop.check = stop
         try:
-            while True:
-                try:
-                    item = chunks.get(timeout=0.1)
-                except queue.Empty:
+            with closing(read_ahead(source, stop)) as chunks:
+                for chunk in chunks:
+                    entry.decode_seconds += chunk.seconds
+                    entry.failed_frames = chunk.failed
+                    entry.thumbnails += chunk.pictures
+                    read = len(entry.times)
+                    self._encode(entry, encoder, chunk.pixels, chunk.times)
                     if stop():
-                        raise Stopped("stopped while reading the video") from None
-                    continue
-                if item is None:
-                    break
-                if isinstance(item, BaseException):
-                    raise item
-                pixels, frame_times, pictures, seconds, failed = item
-                entry.decode_seconds += seconds
-                entry.failed_frames = failed
-                entry.thumbnails += pictures
-                read = len(entry.times)
-                self._encode(entry, encoder, pixels, frame_times)
-                if stop():
-                    raise Stopped("stopped while encoding the video")
-                yield frames_read(read, frame_times.tolist(), pictures, total)
-                yield Progress("encoding", len(entry.times), total)
+                        raise Stopped("stopped while encoding the video")
+                    yield frames_read(read, chunk.times.tolist(), chunk.pictures, total)
+                    yield Progress("encoding", len(entry.times), total)
             check_frames(what_if, self.crosslmm.config, np.asarray(entry.times))
             entry.finish()
             if decoded is None:
@@ -402,12 +333,6 @@ class Engine:
                 self.preflight.measured(info, chosen, compute, entry.decode_seconds, whole - clock)
         finally:
             self._layer_stop.check = None
-            quit_reading.set()
-            while reader.is_alive():  # unblock a reader that waits for room in the queue
-                try:
-                    chunks.get_nowait()
-                except queue.Empty:
-                    reader.join(0.05)
         return entry
 
     def _plan(self, turn: _Turn, info: VideoInfo) -> Plan:
@@ -417,38 +342,6 @@ class Engine:
         chosen = self.preflight.choose(info.duration, turn.max_frames, tokens, text)
         self.pool.release(chosen.total_bytes - self.preflight.free())
         return chosen
-
-    def _decode(
-        self,
-        info: VideoInfo,
-        times: np.ndarray,
-        bounds: ReadBounds,
-        chunks: queue.Queue,
-        stop: StopCheck,
-    ) -> None:
-        """Runs in a thread: decode and resize, a chunk at a time, while the model works."""
-        side = THUMBNAIL_SIDE if len(times) <= MANY_FRAMES else SMALL_SIDE
-        try:
-            done = False
-            with decode_frames(info.path, times, info=info, stop=stop, bounds=bounds) as frames:
-                while not done:
-                    clock = time.perf_counter()
-                    images, seconds = [], []
-                    while len(images) < CHUNK_FRAMES:
-                        frame = next(frames, None)
-                        if frame is None:
-                            done = True
-                            break
-                        images.append(frame.image)
-                        seconds.append(frame.time)
-                    if images:
-                        pixels = self.processor.preprocess_frames(images)
-                        pictures = [_jpeg(image, side) for image in images]
-                        spent = time.perf_counter() - clock
-                        chunks.put((pixels, torch.tensor(seconds), pictures, spent, frames.failed))
-            chunks.put(None)
-        except BaseException as error:  # handed to the thread that reads the queue
-            chunks.put(error)
 
     def _encode(
         self, entry: VideoEntry, encoder: FrameEncoder, pixels: torch.Tensor, times: torch.Tensor
@@ -475,60 +368,31 @@ class Engine:
         self, turn: _Turn, entry: VideoEntry, reused: bool, stop: StopCheck
     ) -> Iterator[Event]:
         request, suffix, started = turn.request, turn.suffix, turn.started
-        memory, events = entry.memory, queue.Queue()
-        capture = MapCapture()
-        pieces = _Pieces(self.processor.tokenizer, events)
-        failure: list[BaseException] = []
-        limit = request.max_new_tokens or self.crosslmm.generation_config.max_new_tokens or 128
-
-        left = threading.Event()  # the caller went away in the middle
-        prompt = memory.input_ids(suffix)
-        repetition = EndlessRepetition(prompt.shape[1])
-
-        def stop_early() -> bool:  # later, the words said so far are the answer
-            return pieces.first_token is None and (left.is_set() or stop())
-
-        def generate() -> None:
-            try:
-                with torch.inference_mode():
-                    self.crosslmm.generate(
-                        prompt,
-                        past_key_values=memory.cache,
-                        streamer=pieces,
-                        stopping_criteria=[
-                            _StopOn(lambda: left.is_set() or stop()),
-                            repetition,
-                        ],
-                        logits_processor=[FiniteScores()],
-                        max_new_tokens=limit,
-                        do_sample=False,
-                    )
-            except BaseException as error:  # raised again below, in the caller's thread
-                failure.append(error)
-            finally:
-                events.put(None)
-
+        memory, capture = entry.memory, MapCapture()
+        generation = Generation(
+            self.crosslmm,
+            self.processor.tokenizer,
+            memory.input_ids(suffix),
+            memory.cache,
+            request.max_new_tokens or self.crosslmm.generation_config.max_new_tokens or 128,
+            stop,
+        )
         watch = capture.self_attention(self.crosslmm) if request.map_bytes else nullcontext()
         with memory.turn(capture, t2v=turn.what_if.t2v), watch:
-            self._layer_stop.check = stop_early
-            thread = threading.Thread(target=generate, daemon=True)
-            thread.start()
+            self._layer_stop.check = generation.stopped_unheard
             try:
-                while (event := events.get()) is not None:
-                    turn.said = True
-                    yield event
+                with closing(generation.pieces()) as pieces:
+                    for piece in pieces:
+                        turn.said = True
+                        yield piece
             finally:
-                left.set()  # the cache is rolled back only after its last writer is gone
-                thread.join()
                 self._layer_stop.check = None
-            if failure and not isinstance(failure[0], Stopped):
-                raise failure[0]
-            attention = self._attention(entry, capture, pieces.ids, request)
-        generated = len(pieces.ids)
+            attention = self._attention(entry, capture, generation.ids, request)
+        generated = len(generation.ids)
         text_tokens = len(memory.prefix_ids) + len(suffix)
-        first = (pieces.first_token or time.perf_counter()) - started
+        first = (generation.first_token or time.perf_counter()) - started
         yield Answer(
-            text=pieces.shown.strip(),
+            text=generation.text.strip(),
             stopped=stop(),
             model=self.info.name,
             tokens=TokenCounts(
@@ -550,7 +414,7 @@ class Engine:
             repeated_frames=entry.repeated_frames,
             memory_reused=reused,
             video=entry.info,
-            notices=_notices(entry, repetition.found),
+            notices=_notices(entry, generation.repeated),
         )
 
     def _attention(
@@ -574,14 +438,6 @@ class Engine:
             strongest=request.strongest_frames,
             budget=request.map_bytes,
         )
-
-
-def _jpeg(image: np.ndarray, side: int) -> bytes:
-    picture = Image.fromarray(image)
-    picture.thumbnail((side, side))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
 
 
 def _notices(entry: VideoEntry, repeated: bool) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ import gradio as gr
 _FORK = multiprocessing.get_context("fork")
 
 
-def GPU(task: Callable[..., Any], *, duration: Any = None) -> Callable[..., Any]:  # noqa: N802
+def GPU(task: Callable[..., Any], *, duration: Any = None) -> Callable[..., Any]:  # noqa: N802 (the name that spaces has)
     def lent(*args: Any) -> Iterator[Any]:
         seconds = duration(*args) if callable(duration) else duration
         with Path(os.environ["SPACES_LOG"]).open("a", encoding="utf-8") as log:
