@@ -5,16 +5,23 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import torch
 
 from model.training.curriculum import LEVELS, Curriculum
-from model.training.encoder import CLASSES, CROP, crop
+from model.training.encoder import CLASSES, CROP, OWNER, crop, look_loss
+from model.training.library import Video
 from model.training.masking import evidence_stretches, other_stretch
+from model.training.order_guide import OrderGuide
+from model.training.packing import IGNORE, Packed
 from model.training.sign_crops import SignPainter
-from model.training.world_facts import LONGEST_SIGN, SIGN_CHARACTERS
+from model.training.world_facts import LONGEST_SIGN, NOUN_IDS, SIGN_CHARACTERS
+from model.training.world_parts import Actor, Background, Placed, Scene
 from model.training.world_questions import QA, Evidence
+from tests.tiny import tiny_model
 
 SIDE, PATCH = 112, 8
 GRID = SIDE // PATCH
+GREY = Background("plain", ((128, 128, 128),) * 3, 0, 0.1, 0)
 
 
 def painted(count: int = 40, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -44,13 +51,14 @@ def test_painted_signs_are_where_their_labels_say() -> None:
 def test_painted_labels_spell_the_sign() -> None:
     _, truth = painted()
     for label in truth:
-        texts = {tuple(row[2:-1]) for row in label.reshape(-1, len(CLASSES)) if row[1] > 0}
+        texts = {tuple(row[2:7]) for row in label.reshape(-1, len(CLASSES)) if row[1] > 0}
         if not texts:
             continue
         (text,) = texts  # all of it on every patch of the sign
         word = "".join(SIGN_CHARACTERS[c - 1] for c in text if c)
         assert (word.isdigit() and len(word) == 3) or (word.isalpha() and len(word) <= LONGEST_SIGN)
-        own = label[..., -1]
+        own = label[..., OWNER - 1]
+        assert not label[..., OWNER:].any()  # a piece does not show the whole frame
         for row in own:
             seen = [c for c in row if c]
             order = [text.index(c) for c in seen]
@@ -87,3 +95,46 @@ def test_evidence_is_joined_and_the_other_stretch_touches_none_of_it() -> None:
         assert 0 <= start <= end <= 40.0
         assert all(end <= a or start >= b for a, b in taken)
     assert other_stretch(((0.0, 30.0),), 40.0, rng) is None
+
+
+def test_signs_are_to_look_at_what_they_stand_beside() -> None:
+    labels = torch.zeros(1, 4, len(CLASSES), dtype=torch.uint8)
+    labels[0, 0, 0] = labels[0, 1, 0] = 7  # two patches of an object
+    labels[0, 3, 1], labels[0, 3, OWNER] = 2, 7  # its sign
+    weights = torch.full((1, 2, 4, 4), 0.25)
+    weights[0, 0, 3] = torch.tensor([0.5, 0.3, 0.1, 0.1])
+    found = look_loss({-1: (None, weights)}, labels)
+    torch.testing.assert_close(found, -torch.tensor(0.8001).log())
+    labels[0, 3, OWNER] = 0  # unknown
+    assert look_loss({-1: (None, weights)}, labels) == 0
+
+
+def test_visual_tokens_are_asked_what_came_last_and_what_before_it() -> None:
+    def shown(*nouns: str) -> Scene:
+        things = tuple(Actor(noun, 0.2, 0.2, 0.5, 0.5, 0.5, 0.5, 0, 3) for noun in nouns)
+        return Scene(3.0, GREY, things)
+
+    scenes = [shown(), shown("cat"), shown(), shown("owl"), shown("dog", "pig"), shown("bee")]
+    placed = tuple(Placed(scene, 3.0 * i) for i, scene in enumerate(scenes))
+    times = np.arange(18) + 0.5
+    latest, previous = OrderGuide.labels(Video(placed, times, np.arange(18)))
+    cat, owl, bee = (NOUN_IDS[noun] for noun in ("cat", "owl", "bee"))
+    assert latest[::3].tolist() == [0, cat, cat, owl, IGNORE, bee]
+    assert previous[::3].tolist() == [0, 0, 0, cat, IGNORE, IGNORE]
+
+
+def test_order_is_read_from_the_last_token_of_each_frame() -> None:
+    guide = OrderGuide(tiny_model())
+    width, frames = guide.heads["latest"].in_features, 4
+    video = Video((Placed(Scene(9.0, GREY), 0.0),), np.arange(frames) + 0.5, np.arange(frames))
+    for head in guide.heads.values():  # certain of "nothing" where the first feature is the largest
+        head.requires_grad_(False)
+        head.bias.zero_()
+        head.weight.zero_()[0, 0] = 9.0
+    hidden = torch.zeros(1, 3 + 2 * frames + 5, width)  # two tokens per frame
+    hidden[:, 4 : 3 + 2 * frames : 2, 0] = 1.0
+    guide.hidden.update(latest=hidden, previous=hidden)
+    packed = Packed(*[None] * 5, video_start=3, text_start=3 + 2 * frames, spans=[])
+    assert guide.loss(packed, [video]) < 1e-3
+    guide.hidden["previous"] = hidden.roll(1, dims=1)  # now in the other token of each frame
+    assert guide.loss(packed, [video]) > 1

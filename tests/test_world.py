@@ -223,7 +223,21 @@ def test_patch_labels_lie_under_the_objects() -> None:
     text = [SIGN_CHARACTERS[index - 1] for index in chars[8, 8] if index]
     assert "".join(text) == "TAXI" and chars[8, 8, 4] == 0
     assert ((chars > 0).any(-1) == (colours > 0)).all()
+    assert (labels["owners"] == np.where(colours > 0, NOUN_IDS["owl"], 0)).all()
+    assert (labels["counts"] == (nouns > 0)).all()
     assert not patch_labels(scene, 7, 14)["nouns"].any()
+
+
+def test_patches_know_how_many_there_are_and_whose_sign_it_is_only_where_that_is_clear() -> None:
+    sign = Sign("508", "red", "number", (0.32, 0.6, 0.68, 0.78), 0, 6, "owl")
+    pair = (actor("owl", 0.2, 0.25), actor("owl", 0.8, 0.25))
+    labels = patch_labels(Scene(6, GREY, pair, sign), 1, 14)
+    assert set(np.unique(labels["counts"])) == {0, 2}
+    assert set(np.unique(labels["owners"])) == {0, NOUN_IDS["owl"]}
+    mixed = (actor("owl", 0.2, 0.25), actor("cat", 0.8, 0.25))
+    labels = patch_labels(Scene(6, GREY, mixed, sign), 1, 14)
+    assert set(np.unique(labels["counts"])) == {0, 1}
+    assert labels["sign_colours"].any() and not labels["owners"].any()  # as near to the cat
 
 
 # Questions.

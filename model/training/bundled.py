@@ -6,8 +6,9 @@
    short videos first; a kind of question goes on to longer ones when it is answered well enough.
 
 Each part is skipped when its result is there, and the last one resumes from its checkpoint.
-The attention of answer tokens is guided to the evidence with a small weight at first, so where the
-finished model points is partly taught, not emergent; the model card says so.
+The attention of answer tokens is guided to the evidence with a small weight, so where the finished
+model points is partly taught, not emergent; the model card says so. Visual tokens are asked, with
+the same weight, which object came in last and which before it (`model.training.order_guide`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from model.training.cpu_attention import register_explicit_attention
 from model.training.curriculum import LEVELS, Curriculum
 from model.training.evidence_guide import EvidenceGuide
 from model.training.library import SceneLibrary, Video, encode_library, render_library
+from model.training.order_guide import OrderGuide
 from model.training.packing import IGNORE, Packed, PromptIds, pack
 from model.training.tokenizer import train_tokenizer
 from model.training.world_phrases import OUTSIDE_ANSWER
@@ -155,18 +157,20 @@ class Trainer:
         self.prompt = PromptIds(self.processor)
         self.crosslmm.model.vision_tower.requires_grad_(False)
         self.guide = EvidenceGuide(self.crosslmm)
+        self.order = OrderGuide(self.crosslmm)
         self.kept: torch.Tensor | None = None  # (B, T, n) patches that stay in the memory
         self._embed = self.crosslmm.model.embed_frames
         self.crosslmm.model.embed_frames = self._embed_some
         self.curriculum = Curriculum(tuple(args.kinds))
-        decay = [p for p in self.crosslmm.parameters() if p.requires_grad and p.dim() > 1]
-        plain = [p for p in self.crosslmm.parameters() if p.requires_grad and p.dim() <= 1]
+        trained = [*self.crosslmm.parameters(), *self.order.parameters()]
+        trained = [p for p in trained if p.requires_grad]
+        decay, plain = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
             lr=args.learning_rate,
             betas=(0.9, 0.98),
         )
-        self.step, self.seconds, self.astray = 0, 0.0, 0.0
+        self.step, self.seconds, self.astray, self.disorder = 0, 0.0, 0.0, 0.0
         self.checkpoint = args.out / "checkpoint.pt"
         if self.checkpoint.exists():
             self._resume()
@@ -198,6 +202,7 @@ class Trainer:
     def _resume(self) -> None:
         saved = torch.load(self.checkpoint, weights_only=False)
         self.crosslmm.load_state_dict(saved["model"])
+        self.order.load_state_dict(saved["order"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.curriculum.restore(saved["curriculum"])
         self.step, self.seconds = saved["step"], saved["seconds"]
@@ -215,6 +220,7 @@ class Trainer:
         """Write the model with its processor, and the state to go on from."""
         state = {
             "model": self.crosslmm.state_dict(),
+            "order": self.order.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "curriculum": self.curriculum.state(),
             "step": self.step,
@@ -308,7 +314,9 @@ class Trainer:
         if guided:
             off = self.guide.loss(packed, videos, self.kept)
             self.astray = 0.98 * self.astray + 0.02 * off.item()
-            total = total + guided * off
+            disorder = self.order.loss(packed, videos)
+            self.disorder = 0.98 * self.disorder + 0.02 * disorder.item()
+            total = total + guided * (off + disorder)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(self.crosslmm.parameters(), 1.0)
@@ -343,7 +351,7 @@ class Trainer:
                 }
                 print(
                     f"{self.step} {self.seconds:.0f}s loss {average:.3f} "
-                    f"astray {self.astray:.2f} {levels}",
+                    f"astray {self.astray:.2f} disorder {self.disorder:.2f} {levels}",
                     flush=True,
                 )
             if self.step % 250 == 0:

@@ -16,8 +16,7 @@ AT_LEAST = ((0.55, 5), (0.7, 7), (0.85, 9))
 # the others.
 # Numbers need the most examples (a digit must be bound to its place), and a video has few signs.
 SHARE = {
-    "outside": 0.08, "absent": 0.25, "exists": 0.5, "number": 4.0, "word": 1.5, "before": 0.5,
-    "after": 0.5, "count": 0.7,
+    "outside": 0.08, "absent": 0.35, "exists": 0.4, "number": 2.5, "word": 1.2,
 }  # fmt: skip
 
 

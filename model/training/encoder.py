@@ -1,7 +1,8 @@
 """Pretrain the bundled model's image encoder: dense labels for every patch of single frames.
 
 `python -m model.training.encoder --out runs/encoder` renders frames, trains a SigLIP-class encoder
-to name the object, sign colour and sign text under each patch, and saves it with `save_pretrained`.
+to name the object, sign colour and sign text under each patch, the object that a sign stands beside
+and how many of its kind there are, and saves it with `save_pretrained`.
 Resumes from its last checkpoint when run again.
 """
 
@@ -22,6 +23,7 @@ from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from model.training.frames import render_frame, scene_shape
+from model.training.outputs import Outputs
 from model.training.sign_crops import SignPainter
 from model.training.world import sample_scene, seeded
 from model.training.world_facts import (
@@ -32,16 +34,24 @@ from model.training.world_facts import (
     own_characters,
     patch_labels,
 )
+from model.training.world_parts import MAX_COUNT
 
 TRAIN_SEED = 1_000_000  # held-out evaluation uses smaller seeds
 SIGN_SHARE = 0.85  # reading is the hard part: scenes without a sign are mostly drawn again
 CROP = 7  # patches; holds the widest sign
 PAINTED_SHARE = 0.8  # of crops that get a sign painted anew
 # Object, sign colour, the sign's text (all of it on each of its patches), and the one character
-# that lies on the patch itself: that one is learnt first and helps to read the rest.
-CLASSES = (len(NOUN_IDS) + 1, len(COLOUR_IDS) + 1) + (len(SIGN_CHARACTERS) + 1,) * (
-    LONGEST_SIGN + 1
+# that lies on the patch itself: that one is learnt first and helps to read the rest. Then what
+# needs the whole frame: the object nearest to a sign, and how many of an object there are. Without
+# the first, "the sign next to the cat" takes two steps through time, too many for long videos.
+CLASSES = (
+    (len(NOUN_IDS) + 1, len(COLOUR_IDS) + 1)
+    + (len(SIGN_CHARACTERS) + 1,) * (LONGEST_SIGN + 1)
+    + (len(NOUN_IDS) + 1, MAX_COUNT + 1)
 )
+OWNER, COUNT = len(CLASSES) - 2, len(CLASSES) - 1
+CROP_EVERY = 3  # steps, once whole frames are trained on
+LOOK = 0.3  # weight of the loss on signs' attention to what they stand beside
 
 
 def encoder_config(side: int = 112) -> SiglipVisionConfig:
@@ -83,6 +93,9 @@ class DenseEncoder(nn.Module):
         table = grid_waves(config.image_size // config.patch_size, config.hidden_size)
         self.encoder.embeddings.position_embedding.weight.data.copy_(table)
         self.head = nn.Linear(config.hidden_size, sum(CLASSES))
+        self.looks = Outputs()
+        for i in (-2, -1):
+            self.looks.watch(i, self.encoder.encoder.layers[i].self_attn)
 
     def forward(self, pixels: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
         """Pixels (F, 3, S, S) in -1..1 -> logits (F, N, sum of classes).
@@ -121,7 +134,10 @@ def render_examples(args: tuple[int, int, int, int]) -> tuple[np.ndarray, np.nda
         frames[i] = render_frame(scene, t, shape, side, rng)
         truth = patch_labels(scene, t, grid)
         own = own_characters(scene.sign, truth["sign_chars"])
-        stacked = np.dstack([truth["nouns"], truth["sign_colours"], truth["sign_chars"], own])
+        stacked = np.dstack(
+            [truth[name] for name in ("nouns", "sign_colours", "sign_chars")]
+            + [own, truth["owners"], truth["counts"]]
+        )
         labels[i] = stacked.reshape(grid * grid, -1)
     return frames, labels
 
@@ -149,7 +165,8 @@ def crop(
         top, left = corner if fresh else _marked_corner(label, rng)
         rows, columns = slice(top, top + CROP), slice(left, left + CROP)
         piece = frame[top * patch : (top + CROP) * patch, left * patch : (left + CROP) * patch]
-        known = label[rows, columns]
+        known = label[rows, columns].copy()
+        known[..., OWNER:] = 0  # a piece does not show whether there is more outside of it
         if fresh:
             piece, known = painter.paint(piece, known)
         pixels.append(piece)
@@ -183,13 +200,14 @@ def _marked_corner(label: np.ndarray, rng: random.Random) -> tuple[int, int]:
 
 def losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
     """Mean loss over kinds of label and each kind's accuracy on labelled patches."""
-    total, accuracy = 0.0, []
+    total, accuracy = torch.zeros(()), []
     for kind, part in enumerate(logits.split(CLASSES, dim=-1)):
         truth = labels[..., kind].long()
         known, on_sign = truth > 0, labels[..., 1] > 0
         # Most patches show nothing: something and nothing count the same. Characters are asked
-        # for on signs only, where 0 is "no further character".
-        for chosen in (on_sign,) if kind >= 2 else (known, ~known):
+        # for on signs only, where 0 is "no further character"; owner and count where known.
+        asked = (known, ~known) if kind < 2 else (on_sign,) if kind < OWNER else (known,)
+        for chosen in asked:
             if chosen.any():
                 total = total + F.cross_entropy(part[chosen].float(), truth[chosen])
         hit = (part.argmax(-1) == truth)[known].float().mean().item() if known.any() else 1.0
@@ -197,13 +215,32 @@ def losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, li
     return total, accuracy
 
 
+def look_loss(looks: Outputs, labels: torch.Tensor) -> torch.Tensor:
+    """Mean of -log(share of a sign's attention on the object beside it), in one head of a layer.
+
+    From the labels alone, a thousand steps taught nothing about the owners of signs.
+    """
+    owner, noun = labels[..., OWNER].long(), labels[..., 0].long()
+    beside = (noun[:, None, :] == owner[:, :, None]) & (owner > 0)[:, :, None]  # (F, N, N)
+    known = beside.any(-1)
+    if not known.any():
+        return torch.zeros(())
+    terms = []
+    for _, weights in looks.values():  # (F, H, N, N)
+        share = (weights[:, 0].float() * beside).sum(-1)[known]
+        terms.append(-(share + 1e-4).log().mean())
+    return torch.stack(terms).mean()
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--frames", type=int, default=32_000, help="distinct training frames")
-    parser.add_argument("--steps", type=int, default=4_000)
-    parser.add_argument("--crop-steps", type=int, default=3_200, help="of these, first on crops")
+    parser.add_argument("--steps", type=int, default=5_600)
+    parser.add_argument(
+        "--crop-steps", type=int, default=3_200, help="of these, first on crops; then half"
+    )
     parser.add_argument("--batch", type=int, default=32, help="frames; four times as many crops")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--start", type=Path, help="checkpoint.pt of an encoder to go on from")
@@ -256,16 +293,18 @@ def main() -> None:
     painter = SignPainter(order, side, config.patch_size)
     clock = time.time()
     while step < args.steps:
-        batch = args.batch * (4 if step < args.crop_steps else 1)
+        crops = step < args.crop_steps or step % CROP_EVERY == 0
+        batch = args.batch * (4 if crops else 1)
         chosen = np.array([order.randrange(len(frames)) for _ in range(batch)])
         net.train()
         images, truth, places = frames[chosen], labels[chosen], None
-        if step < args.crop_steps:
+        if crops:
             images, truth, places = crop(images, truth, order, config.patch_size, painter)
             places = torch.from_numpy(places)
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(normalise(images), places)
         loss, _ = losses(logits, torch.from_numpy(truth))
+        loss = loss + LOOK * look_loss(net.looks, torch.from_numpy(truth))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -296,8 +335,10 @@ def evaluate(net: DenseEncoder, held_out: tuple[np.ndarray, np.ndarray]) -> dict
     return {
         "object": round(accuracy[0], 4),
         "colour": round(accuracy[1], 4),
-        "text": round(float(np.mean(accuracy[2:-1])), 4),
-        "character": round(accuracy[-1], 4),
+        "text": round(float(np.mean(accuracy[2 : OWNER - 1])), 4),
+        "character": round(accuracy[OWNER - 1], 4),
+        "owner": round(accuracy[OWNER], 4),
+        "count": round(accuracy[COUNT], 4),
     }
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training.library import Video
+from model.training.outputs import Outputs
 from model.training.packing import Packed
 from model.training.world_questions import QA
 
@@ -17,7 +17,7 @@ class EvidenceGuide:
     def __init__(self, crosslmm: CrossLMMForConditionalGeneration) -> None:
         self.grid = crosslmm.config.original_grid
         self.layers = crosslmm.config.dcal_layers[1:]  # the first sees the question's noun too late
-        self.seen: dict[tuple[int, str], torch.Tensor] = {}
+        self.seen = Outputs()
         self.branches = {}
         for i in self.layers:
             branch = crosslmm.model.language_model.layers[i].dual_cross_attention.t2v
@@ -25,13 +25,7 @@ class EvidenceGuide:
                 continue
             self.branches[i] = branch
             for name in ("q_proj", "k_proj"):
-                getattr(branch, name).register_forward_hook(self._keep(i, name))
-
-    def _keep(self, layer: int, name: str):  # noqa: ANN202 (a torch hook)
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            self.seen[layer, name] = output
-
-        return hook
+                self.seen.watch((i, name), getattr(branch, name))
 
     def patches(self, qa: QA, video: Video) -> torch.Tensor:
         """Patches that hold the evidence, (T * N,) bool."""

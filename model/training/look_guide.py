@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training.evidence_guide import EvidenceGuide
 from model.training.library import Video
+from model.training.outputs import Outputs
 from model.training.packing import Packed
 
 
@@ -24,17 +24,10 @@ class LookGuide:
         self.evidence = EvidenceGuide(crosslmm)
         self.text = crosslmm.model.language_model
         self.layers = range(1, len(self.text.layers) - 1)
-        self.seen: dict[tuple[int, str], torch.Tensor] = {}
+        self.seen = Outputs()
         for i in self.layers:
             for name in ("q_proj", "k_proj"):
-                projection = getattr(self.text.layers[i].self_attn, name)
-                projection.register_forward_hook(self._keep(i, name))
-
-    def _keep(self, layer: int, name: str):  # noqa: ANN202 (a torch hook)
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            self.seen[layer, name] = output
-
-        return hook
+                self.seen.watch((i, name), getattr(self.text.layers[i].self_attn, name))
 
     def loss(self, packed: Packed, videos: list[Video]) -> torch.Tensor:
         """Mean of -log(share of attention on the evidence) over answer tokens that have any."""

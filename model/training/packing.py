@@ -29,10 +29,15 @@ class Packed:
     position_ids: torch.Tensor  # (B, L)
     labels: torch.Tensor  # (B, L), IGNORE outside of answers
     frame_times: torch.Tensor  # (B, T)
-    text_start: int  # first column after the video
+    video_start: int  # first column of the video
+    text_start: int  # first column after it
     spans: list[
         list[tuple[QA, int, int]]
     ]  # per video: question, columns [start, end) of its answer
+
+    def visual_columns(self) -> slice:
+        """The columns of visual tokens."""
+        return slice(self.video_start, self.text_start)
 
 
 class PromptIds:
@@ -100,6 +105,7 @@ def pack(
         position_ids=padded(positions, 0),
         labels=padded(labels, IGNORE),
         frame_times=torch.stack([torch.as_tensor(v.times, dtype=torch.float32) for v in videos]),
+        video_start=len(prompt.prefix),
         text_start=len(head),
         spans=spans,
     )

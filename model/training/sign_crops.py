@@ -46,8 +46,9 @@ class SignPainter:
     def paint(self, piece: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Put a sign on a square piece (S, S, 3) of a frame that shows none.
 
-        `labels` (n, n, 2 + 5 + 1) of the piece: object, sign colour, the sign's text on each of its
-        patches, and the character on the patch itself. Both are returned anew.
+        `labels` (n, n, 2 + 5 + 1 + 2) of the piece: object, sign colour, the sign's text on each of
+        its patches, the character on the patch itself, and two of the whole frame, which are
+        unknown on a piece. Both are returned anew.
         """
         rng = self.rng
         place = rng.randrange(len(self.bank))
@@ -79,6 +80,7 @@ def _relabel(labels: np.ndarray, sign: Sign) -> np.ndarray:
     characters = [CHARACTER_IDS[character] for character in sign.text]
     labels[covered, 0] = 0
     labels[covered, 1] = COLOUR_IDS[sign.colour]
-    labels[covered, 2:-1] = characters + [0] * (LONGEST_SIGN - len(characters))
-    labels[..., -1] = own_characters(sign, labels[..., 2:-1])
+    text = slice(2, 2 + LONGEST_SIGN)
+    labels[covered, text] = characters + [0] * (LONGEST_SIGN - len(characters))
+    labels[..., text.stop] = own_characters(sign, labels[..., text])
     return labels

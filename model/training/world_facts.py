@@ -55,10 +55,14 @@ def patch_labels(scene: Scene, t: float, grid: int) -> dict[str, np.ndarray]:
     """Dense labels of a frame for a grid of patches, by what lies under each patch's centre.
 
     `nouns` (grid, grid): `NOUN_IDS`; `sign_colours` (grid, grid): `COLOUR_IDS`; `sign_chars`
-    (grid, grid, 5): `CHARACTER_IDS` of the whole text on every patch of the sign; 0 is nothing.
+    (grid, grid, 5): `CHARACTER_IDS` of the whole text on every patch of the sign; `owners`
+    (grid, grid): on a sign, `NOUN_IDS` of the object that is clearly nearest to it; `counts`
+    (grid, grid): on an object, how many of its kind the frame shows; 0 is nothing.
     """
     nouns = np.zeros((grid, grid), np.int64)
+    counts = np.zeros((grid, grid), np.int64)
     colours = np.zeros((grid, grid), np.int64)
+    owners = np.zeros((grid, grid), np.int64)
     chars = np.zeros((grid, grid, LONGEST_SIGN), np.int64)
     (facts,) = scene_facts(scene, (t,))
     centres = (np.arange(grid) + 0.5) / grid
@@ -66,7 +70,9 @@ def patch_labels(scene: Scene, t: float, grid: int) -> dict[str, np.ndarray]:
         x = (2 * centres - left - right) / (right - left)
         y = (2 * centres - top - bottom) / (bottom - top)
         # A superellipse: the corners of an object's box show the background.
-        nouns[(x[None, :] ** 4 + y[:, None] ** 4) <= 1] = NOUN_IDS[noun]
+        inside = (x[None, :] ** 4 + y[:, None] ** 4) <= 1
+        nouns[inside] = NOUN_IDS[noun]
+        counts[inside] = sum(other == noun for other, _ in facts.objects)
     if facts.sign is not None:
         left, top, right, bottom = facts.sign.box
         rows = np.flatnonzero((centres >= top) & (centres < bottom))
@@ -75,7 +81,15 @@ def patch_labels(scene: Scene, t: float, grid: int) -> dict[str, np.ndarray]:
         colours[covered] = COLOUR_IDS[facts.sign.colour]
         text = [CHARACTER_IDS[character] for character in facts.sign.text]
         chars[covered] = text + [0] * (LONGEST_SIGN - len(text))
-    return {"nouns": nouns, "sign_colours": colours, "sign_chars": chars}
+        beside, clear = _beside(scene, facts.sign)
+        owners[covered] = NOUN_IDS[beside[0]] if clear else 0
+    return {
+        "nouns": nouns,
+        "sign_colours": colours,
+        "sign_chars": chars,
+        "owners": owners,
+        "counts": counts,
+    }
 
 
 def own_characters(sign: Sign | None, texts: np.ndarray) -> np.ndarray:
@@ -198,6 +212,12 @@ def _appearance(placed: Placed, noun: str, within: Sequence[float]) -> Appearanc
 def _sign_seen(placed: Placed, sign: Sign, within: Sequence[float]) -> SignSeen:
     scene, start = placed
     seen = tuple(t for t in within if sign.visible(t - start))
+    beside, clear = _beside(scene, sign)
+    return SignSeen(sign, start + sign.start, start + sign.end, seen, beside, clear)
+
+
+def _beside(scene: Scene, sign: Sign) -> tuple[tuple[str, ...], bool]:
+    """What is visible with a sign, the nearest first, and whether that one is clearly nearer."""
     middle = (sign.start + sign.end) / 2
     gaps: dict[str, float] = {}
     for actor in scene.actors:
@@ -206,7 +226,7 @@ def _sign_seen(placed: Placed, sign: Sign, within: Sequence[float]) -> SignSeen:
             gaps[actor.noun] = min(gap, gaps.get(actor.noun, gap))
     beside = tuple(sorted(gaps, key=lambda noun: gaps[noun]))
     clear = len(beside) == 1 or (len(beside) > 1 and gaps[beside[0]] + 0.06 < gaps[beside[1]])
-    return SignSeen(sign, start + sign.start, start + sign.end, seen, beside, clear)
+    return beside, clear
 
 
 def _gap(first: Box, second: Box) -> float:
