@@ -160,7 +160,7 @@ async def run_turn(
             rest = [one for one in batch if not isinstance(one, FramesRead)]
             update = _apply(rest, turn, pace) if rest else Update(line)
             update, line = replace(update, frames=any(seen)), update.line
-            _drop_old_maps(session, turn, settings.kept_maps)
+            session.drop_old_maps(settings.kept_maps)
             yield _with_remark(update, session)
             if not update.finished:
                 await asyncio.sleep(_UPDATE_SECONDS)
@@ -168,19 +168,6 @@ async def run_turn(
         if turn.outcome == "running":  # nobody waits for it any more
             turn.outcome = "stopped"
             job.cancel()
-
-
-def _drop_old_maps(session: Session, newest: Turn, most: int) -> None:
-    """Keep the attention of a visitor's last answers only: that of a long one fills megabytes."""
-    if newest.result is None:
-        return
-    kept = 0
-    for turn in reversed(session.turns):
-        if turn.result is None or turn.result.attention is None:
-            continue
-        kept += 1
-        if kept > most:
-            turn.result = replace(turn.result, attention=None)
 
 
 def _with_remark(update: Update, session: Session) -> Update:

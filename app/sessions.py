@@ -92,6 +92,20 @@ class Session:
         """What the panels show: the answer to the last question, with its attention."""
         return self.turns[-1].result if self.turns else None
 
+    def drop_old_maps(self, most: int) -> None:
+        """Keep the attention of `most` answers of the visit: that of a long one fills megabytes.
+
+        Those about the current video come first, then those about the latest of the others.
+        """
+        kept = 0
+        for turns in (self.turns, *(visit.turns for visit in self.earlier)):
+            for turn in reversed(turns):
+                if turn.result is None or turn.result.attention is None:
+                    continue
+                kept += 1
+                if kept > most:
+                    turn.result = replace(turn.result, attention=None)
+
     def begin_anew(self) -> None:
         """Forget the conversation about the current video."""
         self.turns, self.replacing, self.remark = [], False, ""
@@ -167,9 +181,6 @@ class Sessions:
     def _show(self, session: Session, visit: Visit) -> None:
         session.stop()
         if session.video is not None:
-            for turn in session.turns:  # maps are large, and drawn of the last answer only
-                if turn.result is not None:
-                    turn.result = replace(turn.result, attention=None)
             aside = Visit(session.video, session.media, session.turns, session.strip)
             session.earlier.insert(0, aside)
         session.earlier = [one for one in session.earlier if one is not visit]

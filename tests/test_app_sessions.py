@@ -36,6 +36,17 @@ def added(sessions: Sessions, videos: dict[str, Path]) -> tuple[Session, Video]:
     return session, video
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What these tests need of an answer."""
+
+    attention: str | None = "maps"
+
+
+def ask(session: Session, times: int) -> None:
+    session.turns += [Turn("What?", "That.", "answered", result=Result()) for _ in range(times)]
+
+
 def test_a_visitor_keeps_the_session_and_shares_it_with_nobody(sessions: Sessions) -> None:
     one = sessions.get("one")
     assert sessions.get("one") is one
@@ -74,6 +85,24 @@ def test_an_earlier_video_can_be_gone_back_to(
     assert not sessions.go_back(sessions.get("other"), token)  # nobody else's
     assert not sessions.go_back(session, "guess")
     assert forgotten == []
+
+
+def test_maps_are_kept_of_the_current_video_first(
+    sessions: Sessions, added: tuple[Session, Video], videos: dict[str, Path]
+) -> None:
+    session, _ = added
+    ask(session, 2)
+    first = list(session.turns)
+    sessions.set_video(session, take_upload(videos["av1"], session.folder, SETTINGS))
+    assert [turn.result.attention for turn in first] == ["maps"] * 2
+    ask(session, 2)
+    session.drop_old_maps(3)
+    assert [turn.result.attention for turn in first] == [None, "maps"]
+    assert [turn.result.attention for turn in session.turns] == ["maps"] * 2
+    sessions.go_back(session, session.earlier[0].media)
+    session.drop_old_maps(1)
+    assert session.last_answer().attention == "maps"
+    assert [turn.result.attention for turn in session.earlier[0].turns] == [None] * 2
 
 
 def test_the_oldest_video_of_a_visit_goes_first(

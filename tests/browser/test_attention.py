@@ -222,3 +222,23 @@ def test_nobody_gets_pictures_without_the_token(
     ):  # fmt: skip
         status = chat.page.evaluate("async url => (await fetch(url)).status", wrong)
         assert status == 404, wrong
+
+
+def test_an_earlier_video_comes_back_with_its_maps(
+    visit: Visit, fake_app: App, videos: dict[str, Path]
+) -> None:
+    chat = visit(fake_app)
+    chat.add(videos["h264"])
+    chat.ask("What is it?")
+    chat.answered(1)
+    expect(chat.rows).to_have_count(len(LAYERS))
+    chat.choose_another()
+    chat.add(videos["av1"])
+    expect(chat.answers).to_have_count(0)
+    expect(chat.rows).to_have_count(0)
+    chat.page.get_by_role("button", name=f"↩ {videos['h264'].name}").click()
+    expect(chat.about).to_contain_text(videos["h264"].name)
+    expect(chat.answers).to_have_count(1)
+    expect(chat.rows).to_have_count(len(LAYERS))
+    chat.look("kind:self")
+    expect(chat.rows).to_have_count(LLM_LAYERS)
