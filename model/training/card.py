@@ -18,9 +18,17 @@ from model.engine import Engine
 from model.training.evaluate import Film, held_out_worlds, known_kinds, measure
 from model.training.masking import masking
 from model.training.wear import wear
+from model.types import WhatIf
 
 START, END = "<!-- results: written by model.training.card -->", "<!-- end of results -->"
 RUNS = ((1, 20, 32), (2, 6, 128))  # seed, videos, frames
+KNOCK_OUT_RUN = (5, 8, 32)
+KNOCK_OUTS = {
+    "both": WhatIf(),
+    "V2V off": WhatIf(v2v=False),
+    "T2V off": WhatIf(t2v=False),
+    "both off": WhatIf(v2v=False, t2v=False),
+}
 
 
 def evaluate(engine: Engine) -> list[dict]:
@@ -33,6 +41,17 @@ def evaluate(engine: Engine) -> list[dict]:
         command += f" --seed {seed} --videos {videos} --frames {frames} --json"
         reports.append({"command": command, **tally.report()})
     return reports
+
+
+def knock_outs(engine: Engine) -> dict[str, dict]:
+    """Right answers by kind with one branch, or both, switched off in the trained model."""
+    seed, videos, frames = KNOCK_OUT_RUN
+    found = {}
+    for name, what_if in KNOCK_OUTS.items():
+        worlds = held_out_worlds(seed, videos, frames, 1.0)
+        tally = measure(engine, worlds, known_kinds(engine), frames, Film(), what_if)
+        found[name] = tally.report()
+    return found
 
 
 def markdown(results: dict) -> str:
@@ -64,7 +83,22 @@ def markdown(results: dict) -> str:
     for name, told in (("frame_top1", "frame"), ("patch_top1", "patch")):
         cells = " | ".join(f"{run['pointing'][name]:.2f}" for run in (short, long))
         lines.append(f"| {told} | {cells} |")
-    every = results["masking"]["all"]
+    every, branches = results["masking"]["all"], results["knock_outs"]
+    kinds = next(iter(branches.values()))["kinds"]
+    lines += [
+        "",
+        "What each branch carries in this model: the same questions with its gates closed "
+        f"({KNOCK_OUT_RUN[2]} frames; `python -m model.training.evaluate --no-t2v --no-v2v`). It "
+        "was trained with both, so this is no ablation.",
+        "",
+        f"| kind | {' | '.join(branches)} |",
+        "|---" * (len(branches) + 1) + "|",
+    ]
+    for kind in kinds:
+        cells = [_cell(report["kinds"].get(kind)) for report in branches.values()]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    cells = " | ".join(f"**{report['overall']:.2f}**" for report in branches.values())
+    lines.append(f"| **all** | {cells} |")
     lines += [
         "",
         f"With the frames of the evidence hidden, {every['evidence']:.0%} of the right answers "
@@ -99,6 +133,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "runs": evaluate(engine),
+        "knock_outs": knock_outs(engine),
         "masking": masking(engine, 4, args.masking_videos, 32),
         "wear": wear(engine, 3, args.wear_videos, 32),
     }

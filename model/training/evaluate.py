@@ -47,7 +47,7 @@ class Tally:
                 {"kind": qa.kind, "question": qa.question, "answer": answer.text, "is": qa.answer}
             )
         attention = answer.attention
-        if not qa.evidence or attention is None:
+        if not qa.evidence or attention is None or not attention.t2v.size:
             return
         spans = [(e.start, e.end, e.box) for e in qa.evidence]
 
@@ -156,7 +156,12 @@ def ask(
 
 
 def measure(
-    engine: Engine, worlds: Iterable[World], kinds: list[str], frames: int, film: Film
+    engine: Engine,
+    worlds: Iterable[World],
+    kinds: list[str],
+    frames: int,
+    film: Film,
+    what_if: WhatIf | None = None,
 ) -> Tally:
     """Ask every question about every world, through real files."""
     tally = Tally()
@@ -164,7 +169,7 @@ def measure(
         for world in worlds:
             path = film.write(world, Path(folder))
             for qa in asked_of(engine, world, path, kinds, frames):
-                tally.add(qa, ask(engine, path, qa.question, frames))
+                tally.add(qa, ask(engine, path, qa.question, frames, what_if))
             engine.forget(str(path))
             path.unlink()
     return tally
@@ -184,13 +189,17 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(640, 360), metavar=("W", "H"))
     parser.add_argument("--frame-rate", type=int, default=25)
     parser.add_argument("--crf", type=int, default=None)
+    for branch in ("v2v", "t2v"):
+        parser.add_argument(f"--no-{branch}", action="store_true", help="with this branch off")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--wrong", action="store_true", help="also list wrong answers")
     args = parser.parse_args()
     engine = Engine.load(args.model, quantization=args.quantization)
     worlds = held_out_worlds(args.seed, args.videos, args.frames, args.interval)
     film = Film(tuple(args.size), args.frame_rate, args.codec, args.crf)
-    tally = measure(engine, worlds, args.kinds or known_kinds(engine), args.frames, film)
+    what_if = WhatIf(v2v=not args.no_v2v, t2v=not args.no_t2v)
+    kinds = args.kinds or known_kinds(engine)
+    tally = measure(engine, worlds, kinds, args.frames, film, what_if)
     report = tally.report()
     if args.wrong:
         report["wrong"] = tally.wrong
