@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,9 +48,10 @@ TRAINED_KINDS = (
 )  # fmt: skip
 NOT_TRAINED = ("scenes", "direction")  # of the world's kinds, by default
 FRAMES_PER_STEP = 80
-QUESTIONS_PER_VIDEO = 6
+QUESTIONS_PER_STEP = 48
+QUESTIONS_PER_VIDEO = 6  # at most
 TRIES = 12  # videos drawn to find one that allows a kind of question
-MOST_VIDEOS = 8  # of short ones: text then costs more than frames
+MOST_VIDEOS = 24  # of short ones; a frame has one sign at most, and numbers need many examples
 WHOLE_FROM = 0.8  # of the training time: from here on every patch is in the memory
 VARIED_FROM = 12  # frames at which "when" is good: then videos start late and are sampled thinly
 INTERVALS = (1, 1, 1, 2, 3, 5, 7)  # seconds between sampled frames, once "when" works
@@ -161,7 +163,7 @@ class Trainer:
         self.kept: torch.Tensor | None = None  # (B, T, n) patches that stay in the memory
         self._embed = self.crosslmm.model.embed_frames
         self.crosslmm.model.embed_frames = self._embed_some
-        self.curriculum = Curriculum(tuple(args.kinds))
+        self.curriculum = Curriculum(tuple(args.kinds), args.level)
         trained = [*self.crosslmm.parameters(), *self.order.parameters()]
         trained = [p for p in trained if p.requires_grad]
         decay, plain = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
@@ -196,7 +198,9 @@ class Trainer:
 
     @property
     def done(self) -> float:
-        """Share of the training time that is used up."""
+        """Share of the training that is over: of its steps, where they are given, or its time."""
+        if self.args.steps is not None:
+            return self.step / self.args.steps
         return self.seconds / (self.args.minutes * 60)
 
     def _resume(self) -> None:
@@ -212,9 +216,12 @@ class Trainer:
         """Take the weights of an earlier run, except the encoder, which may be a newer one."""
         weights = torch.load(path, weights_only=False)["model"]
         kept = {k: v for k, v in weights.items() if not k.startswith("model.vision_tower.")}
-        missing = self.crosslmm.load_state_dict(kept, strict=False)
-        if missing.unexpected_keys or any("vision_tower" not in k for k in missing.missing_keys):
-            raise SystemExit(f"{path} is of another model: {missing}")
+        found = self.crosslmm.load_state_dict(kept, strict=False)
+        # An ablation may lack branches that the start has.
+        odd = [k for k in found.unexpected_keys if ".dual_cross_attention." not in k]
+        odd += [k for k in found.missing_keys if ".vision_tower." not in f".{k}"]
+        if odd:
+            raise SystemExit(f"{path} is of another model; it differs in {', '.join(odd[:3])} ...")
 
     def save(self) -> None:
         """Write the model with its processor, and the state to go on from."""
@@ -238,8 +245,10 @@ class Trainer:
         """Videos of one length, their questions and their features (B, T, N, Dv)."""
         self.library.shots = self.shots[split]
         frames = LEVELS[level]
+        count = min(MOST_VIDEOS, max(1, FRAMES_PER_STEP // frames))
+        most = min(QUESTIONS_PER_VIDEO, QUESTIONS_PER_STEP // count)
         videos, asked = [], []
-        while len(videos) < min(MOST_VIDEOS, max(1, FRAMES_PER_STEP // frames)):
+        while len(videos) < count:
             varied = LEVELS[self.curriculum.level.get("when", 0)] >= VARIED_FROM
             interval = rng.choice(INTERVALS) if varied else 1
             start = rng.choice((0, rng.uniform(0, 2400))) if varied else 0
@@ -257,9 +266,10 @@ class Trainer:
             order = sorted(
                 range(len(found)), key=lambda i: -(rng.random() ** (1 / weights[i]))
             )  # weighted sampling without replacement
-            asked.append([found[i] for i in order[:QUESTIONS_PER_VIDEO]])
+            asked.append([found[i] for i in order[:most]])
             videos.append(video)
-        packed = pack(videos, asked, self.prompt, rng, max_gap=256)
+        per_frame = self.crosslmm.config.pooled_tokens_per_frame
+        packed = pack(videos, asked, self.prompt, rng, max_gap=256, per_frame=per_frame)
         features = torch.stack(
             [torch.from_numpy(self.library.features[v.frames]) for v in videos]
         ).to(torch.bfloat16)
@@ -337,9 +347,9 @@ class Trainer:
         return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(found.items())}
 
     def run(self) -> None:
-        """Train until the minutes are used up."""
+        """Train until the minutes are used up, or the steps."""
         average, clock = 0.0, time.time()
-        while self.seconds < self.args.minutes * 60:
+        while self.done < 1:
             average = 0.98 * average + 0.02 * self.train_step()
             self.step += 1
             now = time.time()
@@ -365,19 +375,21 @@ class Trainer:
                 )
                 clock = time.time()
         self.save()
-        for level in (3, 7, 10):
-            print(f"held-out at {LEVELS[level]} frames {self.evaluate(level, 30)}", flush=True)
 
 
-def main() -> None:
-    """Command line."""
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--encoder", type=Path, help="default: OUT/encoder")
     parser.add_argument("--library", type=Path, help="default: OUT/library")
     parser.add_argument("--start", type=Path, help="checkpoint.pt of an earlier run to go on from")
     parser.add_argument("--scenes", type=int, default=8_000)
-    parser.add_argument("--minutes", type=float, default=70, help="of the third part")
+    parser.add_argument("--minutes", type=float, default=90, help="of the third part")
+    parser.add_argument("--steps", type=int, help="of the third part, instead of --minutes")
+    parser.add_argument(
+        "--level", type=int, choices=range(len(LEVELS)), help="one length from the beginning"
+    )
     parser.add_argument("--kinds", nargs="+", default=TRAINED_KINDS, choices=KINDS)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--keep", type=float, default=0.4, help="share of patches trained on")
@@ -386,16 +398,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: all")
     parser.add_argument("--processes", type=int, default=2, help="for rendering")
     parser.add_argument("--override", default="{}", help="JSON of config fields, for ablations")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args(argv)
     args.encoder = args.encoder or args.out / "encoder"
     args.library = args.library or args.out / "library"
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.threads:
         torch.set_num_threads(args.threads)
     if not (args.encoder / "config.json").exists():
         command = [sys.executable, "-m", "model.training.encoder", "--out", str(args.encoder)]
         subprocess.run([*command, "--seed", str(args.seed)], check=True)
-    Trainer(args).run()
+    trainer = Trainer(args)
+    trainer.run()
+    for level in (3, 7, 10):
+        print(f"held-out at {LEVELS[level]} frames {trainer.evaluate(level, 30)}", flush=True)
 
 
 if __name__ == "__main__":

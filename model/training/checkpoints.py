@@ -51,7 +51,7 @@ def _checkpoints(out: Path) -> list[Path]:
 
 def keep_trained_only(accelerator: Accelerator, trained: set[str]) -> None:
     """Leave weights that never move (a frozen or quantised base) out of checkpoints."""
-    ends = tuple(f"crosslmm.{name}" for name in trained)
+    ends = tuple(trained)
 
     def thin(models: list, weights: list[dict], folder: str) -> None:
         for state in weights:

@@ -21,10 +21,14 @@ SHARE = {
 
 
 class Curriculum:
-    """Which kind of question is asked on videos of which length."""
+    """Which kind of question is asked on videos of which length.
 
-    def __init__(self, kinds: tuple[str, ...]) -> None:
-        self.level = dict.fromkeys(kinds, 0)
+    `fixed`: a level up to which all are asked from the beginning; then no kind ever climbs.
+    """
+
+    def __init__(self, kinds: tuple[str, ...], fixed: int | None = None) -> None:
+        self.level = dict.fromkeys(kinds, fixed or 0)
+        self.fixed = fixed is not None
         self.accuracy: dict[tuple[str, int], float] = defaultdict(float)
         self.count: dict[tuple[str, int], int] = defaultdict(int)
 
@@ -52,6 +56,8 @@ class Curriculum:
         self.count[key] += 1
         rate = max(1 / self.count[key], 0.01)
         self.accuracy[key] += rate * (right - self.accuracy[key])
+        if self.fixed:
+            return
         bar = PROMOTE - 0.35 * max(0.0, done - 0.5)
         good = self.accuracy[key] > bar and self.count[key] >= 150
         if good and level == self.level[kind] < len(LEVELS) - 1:

@@ -20,7 +20,8 @@ class EvidenceGuide:
         self.seen = Outputs()
         self.branches = {}
         for i in self.layers:
-            branch = crosslmm.model.language_model.layers[i].dual_cross_attention.t2v
+            branches = crosslmm.model.language_model.layers[i].dual_cross_attention
+            branch = branches.t2v if branches is not None else None
             if branch is None:
                 continue
             self.branches[i] = branch
