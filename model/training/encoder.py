@@ -42,14 +42,14 @@ CROP = 7  # patches; holds the widest sign
 PAINTED_SHARE = 0.8  # of crops that get a sign painted anew
 # Object, sign colour, the sign's text (all of it on each of its patches), and the one character
 # that lies on the patch itself: that one is learnt first and helps to read the rest. Then what
-# needs the whole frame: the object nearest to a sign, and how many of an object there are. Without
-# the first, "the sign next to the cat" takes two steps through time, too many for long videos.
+# needs the whole frame: how many of an object there are. The object of a sign's patches is the one
+# beside it, so "the sign next to the cat" is found in one step, as the cat is.
 CLASSES = (
     (len(NOUN_IDS) + 1, len(COLOUR_IDS) + 1)
     + (len(SIGN_CHARACTERS) + 1,) * (LONGEST_SIGN + 1)
-    + (len(NOUN_IDS) + 1, MAX_COUNT + 1)
+    + (MAX_COUNT + 1,)
 )
-OWNER, COUNT = len(CLASSES) - 2, len(CLASSES) - 1
+COUNT = len(CLASSES) - 1
 CROP_EVERY = 3  # steps, once whole frames are trained on
 LOOK = 0.3  # weight of the loss on signs' attention to what they stand beside
 
@@ -134,9 +134,9 @@ def render_examples(args: tuple[int, int, int, int]) -> tuple[np.ndarray, np.nda
         frames[i] = render_frame(scene, t, shape, side, rng)
         truth = patch_labels(scene, t, grid)
         own = own_characters(scene.sign, truth["sign_chars"])
+        nouns = np.where(truth["sign_colours"] > 0, truth["owners"], truth["nouns"])
         stacked = np.dstack(
-            [truth[name] for name in ("nouns", "sign_colours", "sign_chars")]
-            + [own, truth["owners"], truth["counts"]]
+            [nouns, truth["sign_colours"], truth["sign_chars"], own, truth["counts"]]
         )
         labels[i] = stacked.reshape(grid * grid, -1)
     return frames, labels
@@ -166,7 +166,8 @@ def crop(
         rows, columns = slice(top, top + CROP), slice(left, left + CROP)
         piece = frame[top * patch : (top + CROP) * patch, left * patch : (left + CROP) * patch]
         known = label[rows, columns].copy()
-        known[..., OWNER:] = 0  # a piece does not show whether there is more outside of it
+        known[known[..., 1] > 0, 0] = 0  # a piece may not show what its sign stands beside,
+        known[..., COUNT] = 0  # nor all there is
         if fresh:
             piece, known = painter.paint(piece, known)
         pixels.append(piece)
@@ -201,18 +202,28 @@ def _marked_corner(label: np.ndarray, rng: random.Random) -> tuple[int, int]:
 def losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
     """Mean loss over kinds of label and each kind's accuracy on labelled patches."""
     total, accuracy = torch.zeros(()), []
+    on_sign = labels[..., 1] > 0
     for kind, part in enumerate(logits.split(CLASSES, dim=-1)):
         truth = labels[..., kind].long()
-        known, on_sign = truth > 0, labels[..., 1] > 0
-        # Most patches show nothing: something and nothing count the same. Characters are asked
-        # for on signs only, where 0 is "no further character"; owner and count where known.
-        asked = (known, ~known) if kind < 2 else (on_sign,) if kind < OWNER else (known,)
+        known = truth > 0
+        if kind == 0:  # what a sign stands beside is not always clear
+            asked = (known, ~known & ~on_sign)
+        elif kind == 1:  # most patches show nothing: something and nothing count the same
+            asked = (known, ~known)
+        else:  # characters on signs, where 0 is "no further character"; counts where known
+            asked = (known,) if kind == COUNT else (on_sign,)
         for chosen in asked:
             if chosen.any():
                 total = total + F.cross_entropy(part[chosen].float(), truth[chosen])
-        hit = (part.argmax(-1) == truth)[known].float().mean().item() if known.any() else 1.0
-        accuracy.append(hit)
-    return total, accuracy
+        hit = part.argmax(-1) == truth
+        accuracy.append(_share(hit, known & ~on_sign if kind == 0 else known))
+        if kind == 0:
+            owners = _share(hit, known & on_sign)
+    return total, [*accuracy, owners]
+
+
+def _share(hit: torch.Tensor, of: torch.Tensor) -> float:
+    return hit[of].float().mean().item() if of.any() else 1.0
 
 
 def look_loss(looks: Outputs, labels: torch.Tensor) -> torch.Tensor:
@@ -220,8 +231,10 @@ def look_loss(looks: Outputs, labels: torch.Tensor) -> torch.Tensor:
 
     From the labels alone, a thousand steps taught nothing about the owners of signs.
     """
-    owner, noun = labels[..., OWNER].long(), labels[..., 0].long()
-    beside = (noun[:, None, :] == owner[:, :, None]) & (owner > 0)[:, :, None]  # (F, N, N)
+    noun, sign = labels[..., 0].long(), labels[..., 1] > 0
+    looking = sign & (noun > 0)
+    beside = noun[:, None, :] == noun[:, :, None]  # (F, N, N)
+    beside = beside & looking[:, :, None] & ~sign[:, None, :]
     known = beside.any(-1)
     if not known.any():
         return torch.zeros(())
@@ -335,10 +348,10 @@ def evaluate(net: DenseEncoder, held_out: tuple[np.ndarray, np.ndarray]) -> dict
     return {
         "object": round(accuracy[0], 4),
         "colour": round(accuracy[1], 4),
-        "text": round(float(np.mean(accuracy[2 : OWNER - 1])), 4),
-        "character": round(accuracy[OWNER - 1], 4),
-        "owner": round(accuracy[OWNER], 4),
+        "text": round(float(np.mean(accuracy[2 : COUNT - 1])), 4),
+        "character": round(accuracy[COUNT - 1], 4),
         "count": round(accuracy[COUNT], 4),
+        "beside": round(accuracy[-1], 4),
     }
 
 

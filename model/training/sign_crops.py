@@ -46,9 +46,8 @@ class SignPainter:
     def paint(self, piece: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Put a sign on a square piece (S, S, 3) of a frame that shows none.
 
-        `labels` (n, n, 2 + 5 + 1 + 2) of the piece: object, sign colour, the sign's text on each of
-        its patches, the character on the patch itself, and two of the whole frame, which are
-        unknown on a piece. Both are returned anew.
+        `labels` (n, n, 2 + 5 + 1 + 1) of the piece: object, sign colour, the sign's text on each of
+        its patches, the character on the patch itself, and a count. Both are returned anew.
         """
         rng = self.rng
         place = rng.randrange(len(self.bank))
