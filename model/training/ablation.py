@@ -2,8 +2,8 @@
 
 Every variant gets the same steps on the same videos from the same random weights, with the encoder
 and the library of scenes that `model.training.bundled` left in its folder. Lengths are fixed, no
-curriculum. Accuracy is exact match on scenes that no training saw. With `--start`, a checkpoint.pt
-of that recipe, all go on from there instead; it had both branches, so a variant without one has to
+curriculum. Accuracy is exact match on scenes that no training saw. With `--start`, a model of
+that recipe, all go on from there instead; it had both branches, so a variant without one has to
 learn to do without. Runs that are in FOLDER/ablation.json already are not made again.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,8 +51,7 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> dict:
     words = [str(word) for pair in options.items() for word in pair]
     run = arguments([*words, "--kinds", *args.kinds])
     run.out.mkdir(parents=True, exist_ok=True)
-    for left in run.out.glob("checkpoint.*"):  # of another variant
-        left.unlink()
+    shutil.rmtree(run.out / "checkpoints", ignore_errors=True)  # of another variant
     clock = time.perf_counter()
     trainer = Trainer(run)
     trainer.run()
@@ -89,7 +89,7 @@ def table(runs: dict[str, dict[str, dict]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--start", type=Path, help="checkpoint.pt to start from")
+    parser.add_argument("--start", type=Path, help="model folder to start from")
     parser.add_argument("--encoder", type=Path, required=True)
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

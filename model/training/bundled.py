@@ -21,26 +21,33 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from safetensors.torch import load_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import GenerationConfig, SiglipVisionModel
 
 from model.configuration_crosslmm import CrossLMMConfig
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.processing_crosslmm import CrossLMMProcessor
+from model.training.collate import Batch
 from model.training.cpu_attention import register_explicit_attention
 from model.training.curriculum import LEVELS, Curriculum
-from model.training.evidence_guide import EvidenceGuide
+from model.training.guided_loss import GuidedLoss, batch_of
 from model.training.library import SceneLibrary, Video, encode_library, render_library
-from model.training.order_guide import OrderGuide
-from model.training.packing import IGNORE, Packed, PromptIds, pack
+from model.training.packing import PromptIds, pack
+from model.training.stages import STAGES, parameter_groups
 from model.training.tokenizer import train_tokenizer
+from model.training.updates import Progress, Updates
 from model.training.world_phrases import OUTSIDE_ANSWER
 from model.training.world_questions import KINDS, QA, all_texts, questions
+from model.types import InputError
 
 TRAINED_KINDS = (
     "number", "word", "colour", "when", "before", "after", "count", "where", "exists", "absent",
@@ -55,6 +62,7 @@ MOST_VIDEOS = 24  # of short ones; a frame has one sign at most, and numbers nee
 WHOLE_FROM = 0.8  # of the training time: from here on every patch is in the memory
 VARIED_FROM = 12  # frames at which "when" is good: then videos start late and are sampled thinly
 INTERVALS = (1, 1, 1, 2, 3, 5, 7)  # seconds between sampled frames, once "when" works
+WEIGHT_DECAY = 0.05
 HELD_OUT_SCENES = 400  # the library's last scenes are never trained on
 
 
@@ -91,6 +99,28 @@ def model_config(
     )
 
 
+def new_model(
+    encoder: SiglipVisionModel, override: Mapping[str, Any]
+) -> tuple[CrossLMMForConditionalGeneration, CrossLMMProcessor]:
+    """The bundled model with random weights behind a trained encoder, and its processor."""
+    tokenizer = train_tokenizer([*all_texts(800), "user\n", "assistant\n", "system\n"])
+    ids = {
+        "eos": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+        "video": tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+    }
+    config = model_config(encoder, len(tokenizer), ids)
+    for name, value in override.items():
+        setattr(config, name, value)
+    config.validate_choices()
+    crosslmm = CrossLMMForConditionalGeneration(config)
+    crosslmm.model.vision_tower.load_state_dict(encoder.state_dict())
+    crosslmm.generation_config = GenerationConfig(
+        eos_token_id=ids["eos"], pad_token_id=ids["pad"], max_new_tokens=96
+    )
+    return crosslmm, CrossLMMProcessor.for_config(config, tokenizer)
+
+
 @torch.no_grad()
 def initialise(crosslmm: CrossLMMForConditionalGeneration, features: torch.Tensor) -> None:
     """Whiten the encoder's output inside the projector and sharpen cross-attention.
@@ -120,129 +150,103 @@ def initialise(crosslmm: CrossLMMForConditionalGeneration, features: torch.Tenso
                 branch.v_proj.weight.normal_(std=1 / width**0.5)
 
 
-class Trainer:
+class RecipeProgress(Progress):
+    """Also the time that was used, and what the curriculum knows."""
+
+    def __init__(self, curriculum: Curriculum) -> None:
+        super().__init__()
+        self.seconds, self.curriculum = 0.0, curriculum
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        more = {"seconds": self.seconds, "curriculum": self.curriculum.state()}
+        return {**super().state_dict(), **more}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+        super().load_state_dict(state)
+        self.seconds = state["seconds"]
+        self.curriculum.restore(state["curriculum"])
+
+
+class Trainer(Updates):
     """The third part of the recipe."""
 
+    progress: RecipeProgress
+
     def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(Accelerator(mixed_precision="bf16", cpu=args.cpu), args.out)
         self.args = args
-        self.rng = random.Random(args.seed)
-        torch.manual_seed(args.seed)
+        set_seed(args.seed)
         encoder = SiglipVisionModel.from_pretrained(args.encoder)
-        side, grid = (
-            encoder.config.image_size,
-            encoder.config.image_size // encoder.config.patch_size,
-        )
+        side = encoder.config.image_size
+        grid = side // encoder.config.patch_size
         render_library(args.library, args.scenes, args.seed, side, args.processes)
         encode_library(args.library, args.encoder, side, args.processes)
         self.library = SceneLibrary(args.library, grid * grid, encoder.config.hidden_size)
         shots = self.library.shots
         self.shots = {"train": shots[:-HELD_OUT_SCENES], "held_out": shots[-HELD_OUT_SCENES:]}
-        tokenizer = train_tokenizer([*all_texts(800), "user\n", "assistant\n", "system\n"])
-        ids = {
-            "eos": tokenizer.eos_token_id,
-            "pad": tokenizer.pad_token_id,
-            "video": tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        }
-        config = model_config(encoder, len(tokenizer), ids)
-        for name, value in json.loads(args.override).items():
-            setattr(config, name, value)
-        config.validate_choices()
-        self.crosslmm = CrossLMMForConditionalGeneration(config)
-        self.crosslmm.set_attn_implementation(register_explicit_attention())
-        self.crosslmm.model.vision_tower.load_state_dict(encoder.state_dict())
-        self.crosslmm.generation_config = GenerationConfig(
-            eos_token_id=ids["eos"], pad_token_id=ids["pad"], max_new_tokens=96
-        )
+        self.crosslmm, self.processor = new_model(encoder, json.loads(args.override))
         sample = torch.from_numpy(self.library.features[::37][:2000].copy())
         initialise(self.crosslmm, sample)
-        self.processor = CrossLMMProcessor.for_config(config, tokenizer)
-        self.prompt = PromptIds(self.processor)
-        self.crosslmm.model.vision_tower.requires_grad_(False)
-        self.guide = EvidenceGuide(self.crosslmm)
-        self.order = OrderGuide(self.crosslmm)
-        self.kept: torch.Tensor | None = None  # (B, T, n) patches that stay in the memory
-        self._embed = self.crosslmm.model.embed_frames
-        self.crosslmm.model.embed_frames = self._embed_some
-        self.curriculum = Curriculum(tuple(args.kinds), args.level)
-        trained = [*self.crosslmm.parameters(), *self.order.parameters()]
-        trained = [p for p in trained if p.requires_grad]
-        decay, plain = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-            lr=args.learning_rate,
-            betas=(0.9, 0.98),
-        )
-        self.step, self.seconds, self.astray, self.disorder = 0, 0.0, 0.0, 0.0
-        self.checkpoint = args.out / "checkpoint.pt"
-        if self.checkpoint.exists():
-            self._resume()
-        elif args.start is not None:
+        if args.start is not None:
             self._start_from(args.start)
+        if self.accelerator.device.type == "cpu":
+            self.crosslmm.set_attn_implementation(register_explicit_attention())
+        self.prompt = PromptIds(self.processor)
+        self.curriculum = Curriculum(tuple(args.kinds), args.level)
+        self._prepare()
 
-    def _embed_some(
-        self, features: torch.Tensor, times: torch.Tensor, grid: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`embed_frames` with a random part of each frame's patches left out of the memory.
+    def _prepare(self) -> None:
+        loss = GuidedLoss(self.crosslmm)
+        self.crosslmm.model.vision_tower.requires_grad_(False)
+        rates = dict.fromkeys((*STAGES["2"].rates, "encoder"), self.args.learning_rate)
+        groups = parameter_groups(self.crosslmm, rates, WEIGHT_DECAY)
+        groups.append({"params": list(loss.order.parameters()), "lr": self.args.learning_rate})
+        self.prepare(loss, groups, betas=(0.9, 0.98))
+        self.guided = self.accelerator.unwrap_model(self.loss)
+        self.progress = RecipeProgress(self.curriculum)
+        self.register(LambdaLR(self.optimizer, self._rate), self.progress)
+        # Videos are drawn anew after a break; what they are drawn by is resumed.
+        self.rng = random.Random(f"{self.args.seed} {self.progress.step}")
 
-        Most of a step's cost is keys and values of patches, and most patches show background. The
-        last part of training sees all of them again.
-        """
-        pooled, memory = self._embed(features, times, grid)
-        self.kept = None
-        share = self.args.keep if self.crosslmm.training and self.done < WHOLE_FROM else 1.0
-        if share < 1:
-            count = round(share * memory.shape[2])
-            self.kept = torch.rand(memory.shape[:3]).topk(count, dim=-1).indices
-            memory = memory.gather(2, self.kept.unsqueeze(-1).expand(-1, -1, -1, memory.shape[3]))
-        return pooled, memory
+    def _rate(self, step: int) -> float:
+        """Share of the learning rate: a cosine over the training time, after a short warm-up."""
+        cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, self.done))
+        return min(1, (step + 1) / 200) * max(0.02, cosine)
 
     @property
     def done(self) -> float:
         """Share of the training that is over: of its steps, where they are given, or its time."""
         if self.args.steps is not None:
-            return self.step / self.args.steps
-        return self.seconds / (self.args.minutes * 60)
+            return self.progress.step / self.args.steps
+        return self.progress.seconds / (self.args.minutes * 60)
 
-    def _resume(self) -> None:
-        saved = torch.load(self.checkpoint, weights_only=False)
-        self.crosslmm.load_state_dict(saved["model"])
-        self.order.load_state_dict(saved["order"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.curriculum.restore(saved["curriculum"])
-        self.step, self.seconds = saved["step"], saved["seconds"]
-        self.rng.seed(f"{self.args.seed} {self.step}")
-
-    def _start_from(self, path: Path) -> None:
-        """Take the weights of an earlier run, except the encoder, which may be a newer one."""
-        weights = torch.load(path, weights_only=False)["model"]
-        kept = {k: v for k, v in weights.items() if not k.startswith("model.vision_tower.")}
-        found = self.crosslmm.load_state_dict(kept, strict=False)
-        # An ablation may lack branches that the start has.
+    def _start_from(self, folder: Path) -> None:
+        """Take the weights of another model of this recipe, except the encoder's."""
+        weights = {
+            name: tensor
+            for name, tensor in load_file(folder / "model.safetensors").items()
+            if not name.startswith("model.vision_tower.")
+        }
+        found = self.crosslmm.load_state_dict(weights, strict=False)
+        # An ablation may lack branches that the start has; the head is tied to the embeddings.
         odd = [k for k in found.unexpected_keys if ".dual_cross_attention." not in k]
-        odd += [k for k in found.missing_keys if ".vision_tower." not in f".{k}"]
+        known = ("model.vision_tower.", "lm_head.")
+        odd += [k for k in found.missing_keys if not k.startswith(known)]
         if odd:
-            raise SystemExit(f"{path} is of another model; it differs in {', '.join(odd[:3])} ...")
+            raise InputError(
+                f"{folder} is another model; it differs in {', '.join(odd[:3])}, for example."
+            )
 
     def save(self) -> None:
-        """Write the model with its processor, and the state to go on from."""
-        state = {
-            "model": self.crosslmm.state_dict(),
-            "order": self.order.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "curriculum": self.curriculum.state(),
-            "step": self.step,
-            "seconds": self.seconds,
-        }
-        part = self.checkpoint.with_suffix(".part")
-        torch.save(state, part)
-        part.rename(self.checkpoint)
-        self.crosslmm.save_pretrained(self.args.out)
-        self.processor.save_pretrained(self.args.out)
+        """Write a checkpoint to go on from, and the model as it is, into OUT/model."""
+        super().save()
+        self.crosslmm.save_pretrained(self.out / "model")
+        self.processor.save_pretrained(self.out / "model")
 
-    def batch(
-        self, split: str, level: int, kinds: list[str], rng: random.Random
-    ) -> tuple[list[Video], Packed, torch.Tensor]:
-        """Videos of one length, their questions and their features (B, T, N, Dv)."""
+    def batch(self, split: str, level: int, kinds: list[str], rng: random.Random) -> Batch:
+        """Videos of one length with their questions, as `GuidedLoss` wants them."""
         self.library.shots = self.shots[split]
         frames = LEVELS[level]
         count = min(MOST_VIDEOS, max(1, FRAMES_PER_STEP // frames))
@@ -273,7 +277,7 @@ class Trainer:
         features = torch.stack(
             [torch.from_numpy(self.library.features[v.frames]) for v in videos]
         ).to(torch.bfloat16)
-        return videos, packed, features
+        return batch_of(packed, videos, features)
 
     def _refused(self, video: Video, rng: random.Random) -> list[QA]:
         """Questions of the kinds that are not trained: the model is to say what it can answer."""
@@ -281,100 +285,64 @@ class Trainer:
         asked = questions(video.scenes, rng, others, video.times.tolist(), per_kind=1)
         return [QA("outside", qa.question, OUTSIDE_ANSWER) for qa in asked]
 
-    def forward(self, packed: Packed, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean loss over answers' tokens, and the predicted ids (B, L)."""
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = self.crosslmm(
-                input_ids=packed.input_ids,
-                attention_mask=packed.attention_mask,
-                position_ids=packed.position_ids,
-                video_features=features,
-                frame_times=packed.frame_times,
-                use_cache=False,
-            ).logits[:, :-1]
-        labels = packed.labels[:, 1:]
-        wanted = labels != IGNORE
-        loss = F.cross_entropy(logits[wanted].float(), labels[wanted])
-        predicted = torch.full_like(packed.labels, IGNORE)
-        predicted[:, 1:] = logits.argmax(-1)
-        return loss, predicted
-
-    @staticmethod
-    def right(packed: Packed, predicted: torch.Tensor) -> list[tuple[QA, bool]]:
-        """Which answers are right in every token, their end included."""
-        return [
-            (qa, torch.equal(predicted[row, a:b], packed.input_ids[row, a:b]))
-            for row, spans in enumerate(packed.spans)
-            for qa, a, b in spans
-        ]
-
-    def train_step(self) -> float:
-        """One update; returns the loss on answers."""
-        level = self.curriculum.sample_level(self.rng)
-        kinds = self.curriculum.kinds_at(level)
-        videos, packed, features = self.batch("train", level, kinds, self.rng)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * self.done)
-        factor = min(1, (self.step + 1) / 200) * max(0.02, cosine)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.learning_rate * factor
-        self.crosslmm.train()
-        loss, predicted = self.forward(packed, features)
-        total = loss
-        guided = self.args.guide * max(0.2, 1 - self.done / 0.8)
-        if guided:
-            off = self.guide.loss(packed, videos, self.kept)
-            self.astray = 0.98 * self.astray + 0.02 * off.item()
-            disorder = self.order.loss(packed, videos)
-            self.disorder = 0.98 * self.disorder + 0.02 * disorder.item()
-            total = total + guided * (off + disorder)
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        nn.utils.clip_grad_norm_(self.crosslmm.parameters(), 1.0)
-        self.optimizer.step()
-        for qa, right in self.right(packed, predicted):
-            self.curriculum.record(qa.kind, level, right, self.done)
-        return loss.item()
+    def batches(self) -> Iterator[Batch]:
+        """Batches without end, as the curriculum wants them at that moment."""
+        while True:
+            level = self.curriculum.sample_level(self.rng)
+            batch = self.batch("train", level, self.curriculum.kinds_at(level), self.rng)
+            self.guided.weight = self.args.guide * max(0.2, 1 - self.done / 0.8)
+            self.guided.keep = self.args.keep if self.done < WHOLE_FROM else 1.0
+            yield batch
+            for qa, right in self.guided.right:
+                self.curriculum.record(qa.kind, level, right, self.done)
 
     @torch.no_grad()
     def evaluate(self, level: int, batches: int = 12) -> dict[str, float]:
         """Exact-match accuracy by kind on scenes that training never saw."""
-        self.crosslmm.eval()
+        self.loss.eval()
         rng, found = random.Random(7), defaultdict(list)
         for _ in range(batches):
-            _, packed, features = self.batch("held_out", level, list(self.curriculum.level), rng)
-            for qa, right in self.right(packed, self.forward(packed, features)[1]):
+            batch = self.batch("held_out", level, list(self.curriculum.level), rng)
+            self.loss(send_to_device(batch, self.accelerator.device))
+            for qa, right in self.guided.right:
                 found[qa.kind].append(right)
+        self.loss.train()
         return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(found.items())}
 
     def run(self) -> None:
         """Train until the minutes are used up, or the steps."""
-        average, clock = 0.0, time.time()
+        clock, told, batches = time.time(), defaultdict(float), self.batches()
+        self.loss.train()
         while self.done < 1:
-            average = 0.98 * average + 0.02 * self.train_step()
-            self.step += 1
+            figures = self.step(batches)
+            figures |= {"astray": self.guided.astray, "disorder": self.guided.disorder}
             now = time.time()
-            self.seconds, clock = self.seconds + now - clock, now
-            if self.step % 100 == 0:
-                levels = {
-                    kind: f"{LEVELS[level]}:{self.curriculum.accuracy[kind, level]:.2f}"
-                    for kind, level in self.curriculum.level.items()
-                }
-                print(
-                    f"{self.step} {self.seconds:.0f}s loss {average:.3f} "
-                    f"astray {self.astray:.2f} disorder {self.disorder:.2f} {levels}",
-                    flush=True,
-                )
-            if self.step % 250 == 0:
+            self.progress.seconds, clock = self.progress.seconds + now - clock, now
+            for name in ("loss", "astray", "disorder"):
+                told[name] = 0.98 * told[name] + 0.02 * figures[name]
+            step = self.progress.step
+            if step % 100 == 0:
+                self.log({**figures, "seconds": round(self.progress.seconds)})
+                self._tell(told)
+            if step % 250 == 0:
                 self.save()
-            if self.step % 1000 == 0:
+            if step % 1000 == 0:
                 top = max(self.curriculum.level.values())
-                print(
-                    f"  held-out at {LEVELS[top]} frames {self.evaluate(top)} "
-                    f"gates {[tuple(round(g, 2) for g in pair) for pair in self.crosslmm.gates]}",
-                    flush=True,
-                )
+                gates = [tuple(round(g, 2) for g in pair) for pair in self.crosslmm.gates]
+                right = self.evaluate(top)
+                print(f"  held-out at {LEVELS[top]} frames {right} gates {gates}", flush=True)
                 clock = time.time()
         self.save()
+
+    def _tell(self, told: Mapping[str, float]) -> None:
+        """One line about the last steps, and about how well each kind is answered at its level."""
+        levels = {
+            kind: f"{LEVELS[level]}:{self.curriculum.accuracy[kind, level]:.2f}"
+            for kind, level in self.curriculum.level.items()
+        }
+        means = " ".join(f"{name} {value:.3f}" for name, value in told.items())
+        seconds = f"{self.progress.seconds:.0f}s"
+        print(f"{self.progress.step} {seconds} {means} {levels}", flush=True)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -383,7 +351,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--encoder", type=Path, help="default: OUT/encoder")
     parser.add_argument("--library", type=Path, help="default: OUT/library")
-    parser.add_argument("--start", type=Path, help="checkpoint.pt of an earlier run to go on from")
+    parser.add_argument("--start", type=Path, help="OUT/model of another run to go on from")
     parser.add_argument("--scenes", type=int, default=8_000)
     parser.add_argument("--minutes", type=float, default=90, help="of the third part")
     parser.add_argument("--steps", type=int, help="of the third part, instead of --minutes")
@@ -395,6 +363,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep", type=float, default=0.4, help="share of patches trained on")
     parser.add_argument("--guide", type=float, default=0.1, help="weight of the evidence loss")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     parser.add_argument("--threads", type=int, default=0, help="0: all")
     parser.add_argument("--processes", type=int, default=2, help="for rendering")
     parser.add_argument("--override", default="{}", help="JSON of config fields, for ablations")

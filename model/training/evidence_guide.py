@@ -56,14 +56,14 @@ class EvidenceGuide:
                 evidence = self.patches(qa, video)
                 if kept is not None:
                     evidence = evidence.unflatten(0, (len(video.times), -1))
-                    evidence = evidence.gather(1, kept[row]).flatten()
+                    evidence = evidence.gather(1, kept[row].cpu()).flatten()
                 if qa.evidence and evidence.any():
                     # The column before a token predicts it; the end token looks at nothing.
                     columns += [c - packed.text_start for c in range(start - 1, end - 2)]
                     masks += [evidence] * (end - 1 - start)
             if not columns:
                 continue
-            target = torch.stack(masks)
+            target = torch.stack(masks)[:, None, None]
             for layer, branch in self.branches.items():
                 query = self.seen[layer, "q_proj"][row, columns].unflatten(
                     -1, (-1, branch.head_dim)
@@ -71,6 +71,6 @@ class EvidenceGuide:
                 key = self.seen[layer, "k_proj"][row].unflatten(-1, (-1, branch.head_dim))
                 query = query.unflatten(1, (key.shape[1], -1))  # (Lq, Hkv, G, d)
                 scores = torch.einsum("lhgd,mhd->lhgm", query, key).float() * branch.scaling
-                share = (scores.softmax(-1) * target[:, None, None]).sum(-1).mean((1, 2))
+                share = (scores.softmax(-1) * target.to(scores.device)).sum(-1).mean((1, 2))
                 terms.append(-(share + 1e-4).log())
         return torch.cat(terms).mean() if terms else torch.zeros(())

@@ -59,5 +59,6 @@ class OrderGuide(nn.Module):
             normed = F.layer_norm(hidden.float(), hidden.shape[-1:])
             logits = self.heads[name](normed).flatten(0, 1)
             if (wanted != IGNORE).any():
-                terms.append(F.cross_entropy(logits, wanted.flatten(), ignore_index=IGNORE))
+                target = wanted.flatten().to(logits.device)
+                terms.append(F.cross_entropy(logits, target, ignore_index=IGNORE))
         return torch.stack(terms).mean() if terms else torch.zeros(())

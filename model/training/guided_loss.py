@@ -1,0 +1,91 @@
+"""The bundled model's loss: answers, and with a small weight where they look and what came when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from model.modeling_crosslmm import CrossLMMForConditionalGeneration
+from model.training.evidence_guide import EvidenceGuide
+from model.training.losses import AnswerLoss, answer_columns
+from model.training.order_guide import OrderGuide
+from model.training.packing import IGNORE, Packed
+from model.training.world_questions import QA
+
+Right = list[tuple[QA, bool]]
+
+
+class GuidedLoss(AnswerLoss):
+    """Cross-entropy of answers' tokens, summed, and two guides; leaves what it found in `found`.
+
+    `weight` is that of the guides, `keep` the share of patches that stay in the memory: most of a
+    step's cost is their keys and values, and most of them show background.
+    """
+
+    def __init__(self, crosslmm: CrossLMMForConditionalGeneration) -> None:
+        super().__init__(crosslmm)
+        self.evidence = EvidenceGuide(crosslmm)
+        self.order = OrderGuide(crosslmm)
+        self.weight, self.keep = 0.0, 1.0
+        self.kept: torch.Tensor | None = None  # (B, T, n) patches that stayed
+        self.right: Right = []  # which of the last batch's answers are right in every token
+        self.astray = self.disorder = 0.0
+        self._embed = crosslmm.model.embed_frames
+        crosslmm.model.embed_frames = self._embed_some
+
+    def forward(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The loss of a batch with `packed` and `videos` beside its tensors."""
+        logits, targets = self.student(batch, batch["video_features"])
+        self.right = right_answers(batch, logits.argmax(-1))
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        if self.training and self.weight:
+            off = self.evidence.loss(batch["packed"], batch["videos"], self.kept)
+            disorder = self.order.loss(batch["packed"], batch["videos"])
+            self.astray, self.disorder = off.item(), disorder.item()
+            loss = loss + len(targets) * self.weight * (off + disorder)
+        return loss
+
+    def _embed_some(
+        self, features: torch.Tensor, times: torch.Tensor, grid: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`embed_frames` with a random part of each frame's patches left out of the memory."""
+        pooled, memory = self._embed(features, times, grid)
+        self.kept = None
+        if self.training and self.keep < 1:
+            count = round(self.keep * memory.shape[2])
+            self.kept = torch.rand(memory.shape[:3], device=memory.device).topk(count).indices
+            memory = memory.gather(2, self.kept.unsqueeze(-1).expand(-1, -1, -1, memory.shape[3]))
+        return pooled, memory
+
+
+def right_answers(batch: dict[str, Any], found: torch.Tensor) -> Right:
+    """Which answers are right in every token, their end included.
+
+    `found` (tokens,): the likeliest ids where `answer_columns` of the batch's labels wants some.
+    """
+    labels, packed = batch["labels"], batch["packed"]
+    columns, wanted, _ = answer_columns(labels)
+    predicted, place = torch.full_like(labels, IGNORE), wanted.nonzero()
+    predicted[place[:, 0], columns[place[:, 1]] + 1] = found
+    hits = (predicted == labels).cpu()
+    return [
+        (qa, bool(hits[row, start:end].all()))
+        for row, spans in enumerate(packed.spans)
+        for qa, start, end in spans
+    ]
+
+
+def batch_of(packed: Packed, videos: list, features: torch.Tensor) -> dict[str, Any]:
+    """A batch for this loss, its tensors by the names of `CrossLMMForConditionalGeneration`."""
+    return {
+        "input_ids": packed.input_ids,
+        "attention_mask": packed.attention_mask,
+        "position_ids": packed.position_ids,
+        "labels": packed.labels,
+        "frame_times": packed.frame_times,
+        "video_features": features,
+        "packed": packed,
+        "videos": videos,
+    }
