@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import random
+from functools import cache
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from transformers import PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 
+from model.modeling_crosslmm import CrossLMMForConditionalGeneration
+from model.training import bundled
+from model.training.bundled import Trainer
 from model.training.curriculum import LEVELS, Curriculum
 from model.training.encoder import CLASSES, COUNT, CROP, crop, look_loss
+from model.training.guided_loss import GuidedLoss, right_answers
 from model.training.library import Video
 from model.training.masking import evidence_stretches, other_stretch
 from model.training.order_guide import OrderGuide
 from model.training.packing import IGNORE, Packed
 from model.training.sign_crops import SignPainter
+from model.training.tokenizer import train_tokenizer
 from model.training.world_facts import LONGEST_SIGN, NOUN_IDS, SIGN_CHARACTERS
 from model.training.world_parts import Actor, Background, Placed, Scene
-from model.training.world_questions import QA, Evidence
+from model.training.world_questions import QA, Evidence, all_texts
+from model.types import InputError
 from tests.tiny import tiny_model
 
 SIDE, PATCH = 112, 8
@@ -138,3 +148,103 @@ def test_order_is_read_from_the_last_token_of_each_frame() -> None:
     assert guide.loss(packed, [video]) < 1e-3
     guide.hidden["previous"] = hidden.roll(1, dims=1)  # now in the other token of each frame
     assert guide.loss(packed, [video]) > 1
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random encoder, for the third part of the recipe."""
+    out = tmp_path_factory.mktemp("recipe")
+    torch.manual_seed(0)
+    SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            patch_size=16,
+            image_size=64,
+            vision_use_head=False,
+        )
+    ).save_pretrained(out / "encoder")
+    return out
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The recipe's tokenizer, trained on fewer texts, once."""
+    return train_tokenizer([*all_texts(100), "user\n", "assistant\n", "system\n"])
+
+
+def few_scenes(recipe: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> Trainer:
+    """The recipe's third part on 60 scenes."""
+    monkeypatch.setattr(bundled, "HELD_OUT_SCENES", 20)
+    monkeypatch.setattr(bundled, "FRAMES_PER_STEP", 6)
+    monkeypatch.setattr(bundled, "all_texts", lambda worlds: ())
+    monkeypatch.setattr(bundled, "train_tokenizer", lambda texts: tokenizer())
+    words = ["--out", str(recipe), "--scenes", "60", "--processes", "1", "--cpu", *more]
+    return Trainer(bundled.arguments(words))
+
+
+def test_the_recipe_trains_saves_and_goes_on(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = few_scenes(recipe, monkeypatch, "--steps", "3")
+    first.run()
+    assert first.progress.step == 3 and first.done == 1
+    again = few_scenes(recipe, monkeypatch, "--steps", "5")
+    assert again.progress.step == 3 and again.progress.seconds == first.progress.seconds
+    assert again.curriculum.count == first.curriculum.count and again.curriculum.count
+    for name, weight in again.crosslmm.state_dict().items():
+        assert torch.equal(weight, first.crosslmm.state_dict()[name]), name
+    for name, weight in again.guided.order.state_dict().items():
+        assert torch.equal(weight, first.guided.order.state_dict()[name]), name
+    again.run()
+    before, after = first.crosslmm.state_dict(), again.crosslmm.state_dict()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert "model.language_model.layers.0.dual_cross_attention.t2v.q_proj.weight" in changed
+    assert not any(".vision_tower." in name for name in changed)
+    kept = CrossLMMForConditionalGeneration.from_pretrained(recipe / "model")
+    for name, weight in kept.state_dict().items():
+        assert torch.equal(weight, after[name]), name
+    assert set(again.evaluate(0, batches=2)) <= set(bundled.TRAINED_KINDS)
+
+
+def test_an_ablation_starts_from_a_model_with_more_branches(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = few_scenes(recipe, monkeypatch, "--steps", "3")
+    folder = tmp_path / "model"
+    whole.crosslmm.save_pretrained(folder)
+    more = ("--out", str(tmp_path), "--library", str(recipe / "library"))
+    more += ("--encoder", str(recipe / "encoder"), "--start", str(folder))
+    part = few_scenes(recipe, monkeypatch, *more, "--override", '{"t2v": false}')
+    weights = part.crosslmm.state_dict()
+    assert not any(".t2v." in name for name in weights)
+    for name, weight in weights.items():
+        if ".vision_tower." not in name:
+            assert torch.equal(weight, whole.crosslmm.state_dict()[name]), name
+    with pytest.raises(InputError, match="another model"):
+        few_scenes(recipe, monkeypatch, *more, "--override", '{"patch_position": "none"}')
+
+
+def test_answers_are_right_when_every_token_is() -> None:
+    qa = [QA("when", "?", "0:12"), QA("where", "?", "top")]
+    labels = torch.full((1, 9), IGNORE)
+    labels[0, 2:5], labels[0, 7:9] = torch.tensor([11, 12, 2]), torch.tensor([13, 2])
+    packed = Packed(*[None] * 5, 0, 0, spans=[[(qa[0], 2, 5), (qa[1], 7, 9)]])
+    batch = {"labels": labels, "packed": packed}
+    told = right_answers(batch, torch.tensor([11, 12, 2, 13, 2]))
+    assert told == [(qa[0], True), (qa[1], True)]
+    told = right_answers(batch, torch.tensor([11, 12, 5, 13, 2]))  # goes on instead of ending
+    assert told == [(qa[0], False), (qa[1], True)]
+
+
+def test_patches_are_left_out_of_the_memory_only_while_training() -> None:
+    loss = GuidedLoss(tiny_model())
+    features = torch.randn(1, 3, 16, loss.crosslmm.config.vision_config.hidden_size)
+    loss.keep = 0.5
+    memory = loss.train().crosslmm.model.embed_frames(features, torch.zeros(1, 3))[1]
+    assert memory.shape[2] == 8 and loss.kept.shape == (1, 3, 8)
+    assert all(len(set(frame)) == 8 for frame in loss.kept[0].tolist())
+    whole = loss.eval().crosslmm.model.embed_frames(features, torch.zeros(1, 3))[1]
+    assert whole.shape[2] == 16 and loss.kept is None

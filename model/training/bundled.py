@@ -141,7 +141,8 @@ def initialise(crosslmm: CrossLMMForConditionalGeneration, features: torch.Tenso
     projector.linear_1.bias.copy_(-weight @ mean)
     nn.init.normal_(projector.linear_2.weight, std=projector.linear_2.in_features**-0.5)
     for table in (model.time_embedding.digits, model.row_embedding, model.column_embedding):
-        nn.init.normal_(table.weight, std=0.3)
+        if table is not None:
+            nn.init.normal_(table.weight, std=0.3)
     for layer in model.language_model.layers:
         if layer.dual_cross_attention is not None:
             for branch in layer.dual_cross_attention.children():
