@@ -36,13 +36,23 @@ class Moment:
         return self.share >= CLEAR
 
 
+def _reach(mass: np.ndarray) -> int:
+    return max(1, round(len(mass) / 100))
+
+
 def _around(mass: np.ndarray) -> tuple[np.ndarray, int]:
     """Share of each frame with its neighbours, and how many there are on either side."""
-    reach = max(1, round(len(mass) / 100))
+    reach = _reach(mass)
     total = np.concatenate([[0.0], np.cumsum(mass)])
     at = np.arange(len(mass))
     first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(mass))
     return total[last] - total[first], reach
+
+
+def around_peak(mass: np.ndarray) -> tuple[int, float]:
+    """The strongest frame, and the share of it and its neighbours."""
+    peak = int(mass.argmax())
+    return peak, float(_around(mass)[0][peak])
 
 
 def seen_at(attention: AttentionSummary | None) -> Moment | None:
@@ -50,10 +60,8 @@ def seen_at(attention: AttentionSummary | None) -> Moment | None:
     if attention is None or not len(attention.times):
         return None
     mass = attention.timeline()
-    around, reach = _around(mass)
-    peak = int(mass.argmax())
-    share = float(around[peak])
-    even = min(1.0, (2 * reach + 1) / len(mass))
+    peak, share = around_peak(mass)
+    even = min(1.0, (2 * _reach(mass) + 1) / len(mass))
     if share < LIKELY or share < _TIMES_EVEN * even:
         return None
     return Moment(float(attention.times[peak]), share)

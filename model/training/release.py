@@ -1,6 +1,6 @@
 """Turn a training folder into the checkpoint that ships.
 
-`python -m model.training.release runs/bundled assets/crosslmm-tiny` writes bf16 weights, the
+`python -m model.training.release runs/bundled/model assets/crosslmm-tiny` writes bf16 weights, the
 processor, `card.json` (name, note and example questions for the page) and `SHA256SUMS`.
 """
 
