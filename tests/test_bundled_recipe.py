@@ -223,6 +223,10 @@ def test_an_ablation_starts_from_a_model_with_more_branches(
     for name, weight in weights.items():
         if ".vision_tower." not in name:
             assert torch.equal(weight, whole.crosslmm.state_dict()[name]), name
+    part.crosslmm.save_pretrained(folder)  # as after the paper's first stage
+    both = few_scenes(recipe, monkeypatch, *more)
+    missing = set(both.crosslmm.state_dict()) - set(weights)
+    assert missing and all(".t2v." in name for name in missing)
     with pytest.raises(InputError, match="another model"):
         few_scenes(recipe, monkeypatch, *more, "--override", '{"patch_position": "none"}')
 

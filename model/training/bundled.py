@@ -9,6 +9,8 @@ Each part is skipped when its result is there, and the last one resumes from its
 The attention of answer tokens is guided to the evidence with a small weight, so where the finished
 model points is partly taught, not emergent; the model card says so. Visual tokens are asked, with
 the same weight, which object came in last and which before it (`model.training.order_guide`).
+
+The paper's two stages are two runs: `--override '{"t2v": false}'`, then `--start` with its model.
 """
 
 from __future__ import annotations
@@ -201,7 +203,7 @@ class Trainer(Updates):
     def _prepare(self) -> None:
         loss = GuidedLoss(self.crosslmm)
         self.crosslmm.model.vision_tower.requires_grad_(False)
-        rates = dict.fromkeys((*STAGES["2"].rates, "encoder"), self.args.learning_rate)
+        rates = dict.fromkeys(STAGES["2"].rates, self.args.learning_rate)
         groups = parameter_groups(self.crosslmm, rates, WEIGHT_DECAY)
         groups.append({"params": list(loss.order.parameters()), "lr": self.args.learning_rate})
         self.prepare(loss, groups, betas=(0.9, 0.98))
@@ -231,10 +233,11 @@ class Trainer(Updates):
             if not name.startswith("model.vision_tower.")
         }
         found = self.crosslmm.load_state_dict(weights, strict=False)
-        # An ablation may lack branches that the start has; the head is tied to the embeddings.
+        # An ablation may lack branches that the start has, and a start, the paper's first stage,
+        # lacks T2V; the head is tied to the embeddings.
         odd = [k for k in found.unexpected_keys if ".dual_cross_attention." not in k]
         known = ("model.vision_tower.", "lm_head.")
-        odd += [k for k in found.missing_keys if not k.startswith(known)]
+        odd += [k for k in found.missing_keys if not k.startswith(known) and ".t2v." not in k]
         if odd:
             raise InputError(
                 f"{folder} is another model; it differs in {', '.join(odd[:3])}, for example."
@@ -289,13 +292,10 @@ class Trainer(Updates):
     def batches(self) -> Iterator[Batch]:
         """Batches without end, as the curriculum wants them at that moment."""
         while True:
-            level = self.curriculum.sample_level(self.rng)
-            batch = self.batch("train", level, self.curriculum.kinds_at(level), self.rng)
+            self.level = self.curriculum.sample_level(self.rng)
             self.guided.weight = self.args.guide * max(0.2, 1 - self.done / 0.8)
             self.guided.keep = self.args.keep if self.done < WHOLE_FROM else 1.0
-            yield batch
-            for qa, right in self.guided.right:
-                self.curriculum.record(qa.kind, level, right, self.done)
+            yield self.batch("train", self.level, self.curriculum.kinds_at(self.level), self.rng)
 
     @torch.no_grad()
     def evaluate(self, level: int, batches: int = 12) -> dict[str, float]:
@@ -316,6 +316,8 @@ class Trainer(Updates):
         self.loss.train()
         while self.done < 1:
             figures = self.step(batches)
+            for qa, right in self.guided.right:
+                self.curriculum.record(qa.kind, self.level, right, self.done)
             figures |= {"astray": self.guided.astray, "disorder": self.guided.disorder}
             now = time.time()
             self.progress.seconds, clock = self.progress.seconds + now - clock, now
@@ -383,7 +385,10 @@ def main() -> None:
     if not (args.encoder / "config.json").exists():
         command = [sys.executable, "-m", "model.training.encoder", "--out", str(args.encoder)]
         subprocess.run([*command, "--seed", str(args.seed)], check=True)
-    trainer = Trainer(args)
+    try:
+        trainer = Trainer(args)
+    except InputError as error:
+        raise SystemExit(str(error)) from error
     trainer.run()
     for level in (3, 7, 10):
         print(f"held-out at {LEVELS[level]} frames {trainer.evaluate(level, 30)}", flush=True)
