@@ -148,6 +148,7 @@ async def run_turn(
     )
     turn = Turn(question, request=request)
     session.turns.append(turn)
+    del session.turns[: -settings.max_turns]
     job = session.job = worker.submit(request)
     try:
         yield Update(Line("working", "Waiting for the model", "waiting"))

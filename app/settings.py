@@ -221,6 +221,9 @@ class Settings:
     max_history_turns: int = option(
         8, "limits", int, "earlier questions that the model is told of", "N"
     )
+    max_turns: int = option(
+        100, "limits", int, "questions of a conversation that are kept; the oldest go first", "N"
+    )
     max_visit_videos: int = option(
         4, "limits", int, "videos of one visit that can be gone back to", "N", shared=2
     )

@@ -106,6 +106,13 @@ def test_one_turn_at_a_time(session: Session) -> None:
     assert "still on its way" in update.line.text
 
 
+def test_a_conversation_has_an_end_at_its_beginning(session: Session) -> None:
+    session.turns = [Turn(str(n), "a", "answered") for n in range(SETTINGS.max_turns)]
+    turn(session, Script(*EVENTS))
+    assert len(session.turns) == SETTINGS.max_turns
+    assert [session.turns[0].question, session.turns[-1].question] == ["1", "What?"]
+
+
 def test_what_was_told_in_between_stays_until_the_answer(session: Session) -> None:
     async def ask_in_between() -> list[Update]:
         got = []
