@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 
+from model.loading import load
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training import bundled
 from model.training.bundled import Trainer
@@ -21,6 +23,7 @@ from model.training.library import Video
 from model.training.masking import evidence_stretches, other_stretch
 from model.training.order_guide import OrderGuide
 from model.training.packing import IGNORE, Packed
+from model.training.release import EXAMPLES, release
 from model.training.sign_crops import SignPainter
 from model.training.tokenizer import train_tokenizer
 from model.training.world_facts import LONGEST_SIGN, NOUN_IDS, SIGN_CHARACTERS
@@ -207,6 +210,12 @@ def test_the_recipe_trains_saves_and_goes_on(
     for name, weight in kept.state_dict().items():
         assert torch.equal(weight, after[name]), name
     assert set(again.evaluate(0, batches=2)) <= set(bundled.TRAINED_KINDS)
+    released = recipe / "released"
+    release(recipe / "model", released, show=["when"])
+    loaded = load(str(released))
+    assert loaded.info.examples == (EXAMPLES["when"],) and loaded.info.trained
+    card = json.loads((released / "card.json").read_text())
+    assert card["kinds"] == list(bundled.TRAINED_KINDS)
 
 
 def test_an_ablation_starts_from_a_model_with_more_branches(

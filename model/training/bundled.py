@@ -44,6 +44,7 @@ from model.training.curriculum import LEVELS, Curriculum
 from model.training.guided_loss import GuidedLoss, batch_of
 from model.training.library import SceneLibrary, Video, encode_library, render_library
 from model.training.packing import PromptIds, pack
+from model.training.release import KINDS_FILE
 from model.training.stages import STAGES, parameter_groups
 from model.training.tokenizer import train_tokenizer
 from model.training.updates import Progress, Updates
@@ -248,6 +249,7 @@ class Trainer(Updates):
         super().save()
         self.crosslmm.save_pretrained(self.out / "model")
         self.processor.save_pretrained(self.out / "model")
+        (self.out / "model" / KINDS_FILE).write_text(json.dumps(list(self.curriculum.level)))
 
     def batch(self, split: str, level: int, kinds: list[str], rng: random.Random) -> Batch:
         """Videos of one length with their questions, as `GuidedLoss` wants them."""

@@ -17,6 +17,7 @@ from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.processing_crosslmm import CrossLMMProcessor
 
 NAME = "crosslmm-tiny"
+KINDS_FILE = "kinds.json"  # in the folder of a trained model: what it was trained on
 NOTE = (
     "This is the small bundled model. It only knows made-up videos like the samples: objects, "
     "signs with numbers and words, places and times."
@@ -36,11 +37,12 @@ EXAMPLES = {
 }
 
 
-def release(source: Path, target: Path, kinds: list[str], show: list[str] | None = None) -> None:
-    """Write `target` from the training folder `source`.
+def release(source: Path, target: Path, show: list[str] | None = None) -> None:
+    """Write `target` from the model folder `source` of a run.
 
-    `kinds` are what it was trained on, `show` those that the page suggests (all when None).
+    `show` are the kinds of question that the page suggests, all that it was trained on when None.
     """
+    kinds = json.loads((source / KINDS_FILE).read_text())
     crosslmm = CrossLMMForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
     crosslmm.save_pretrained(target)
     CrossLMMProcessor.from_pretrained(source).save_pretrained(target)
@@ -74,8 +76,7 @@ def main() -> None:
         "--show", nargs="+", choices=sorted(EXAMPLES), help="kinds that the page suggests"
     )
     args = parser.parse_args()
-    saved = torch.load(args.source / "checkpoint.pt", weights_only=False, map_location="cpu")
-    release(args.source, args.target, list(saved["curriculum"]["level"]), args.show)
+    release(args.source, args.target, args.show)
 
 
 if __name__ == "__main__":
