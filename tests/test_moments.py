@@ -24,11 +24,11 @@ def attention(mass: np.ndarray) -> AttentionSummary:
 
 
 def test_a_clear_a_likely_and_no_moment() -> None:
-    clear, likely = (seen_at(attention(spread(48, f12=share))) for share in (0.6, 0.33))
+    clear, likely = (seen_at(attention(spread(48, f12=share))) for share in (0.7, 0.45))
     assert (clear.time, clear.clear) == (12.5, True)
     assert (likely.time, likely.clear) == (12.5, False)
-    assert clear.share == pytest.approx(0.6 + 2 * 0.4 / 47)  # its neighbours count
-    assert seen_at(attention(spread(48, f12=0.2))) is None
+    assert clear.share == pytest.approx(0.7 + 2 * 0.3 / 47)  # its neighbours count
+    assert seen_at(attention(spread(48, f12=0.35))) is None
     assert seen_at(attention(spread(48))) is None
     assert seen_at(None) is None
 
@@ -40,8 +40,8 @@ def test_a_few_frames_are_not_a_moment_because_they_are_few() -> None:
 
 
 def test_neighbours_of_very_many_frames_are_more_than_three() -> None:
-    mass = np.full(1000, 0.4 / 987)
-    mass[500:513] = 0.6 / 13
+    mass = np.full(1000, 0.2 / 987)
+    mass[500:513] = 0.8 / 13
     assert seen_at(attention(mass)).clear
 
 
