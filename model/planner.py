@@ -81,7 +81,7 @@ class Plan:
 
 
 def weight_bytes(config: CrossLMMConfig, quantization: str, dtype: str = "bfloat16") -> int:
-    """Bytes of the weights; under quantisation the LLM's and the branches' matrices shrink."""
+    """Bytes of the weights; under quantisation the LLM's matrices shrink."""
     item = ITEM_BYTES[dtype]
     parameters = count_parameters(config)
     whole = parameters.total * item
@@ -91,10 +91,8 @@ def weight_bytes(config: CrossLMMConfig, quantization: str, dtype: str = "bfloat
         allowed = ("none", *QUANTIZED_WEIGHT)
         raise ValueError(f"quantization must be one of {allowed}, got {quantization!r}")
     shapes, text = Shapes.of(config), config.text_config
-    branches = config.v2v + config.t2v
     matrices = text.num_hidden_layers * 3 * shapes.width * text.intermediate_size
-    attentions = text.num_hidden_layers + branches * shapes.dcal_layers
-    matrices += attentions * shapes.attention_weights
+    matrices += text.num_hidden_layers * shapes.attention_weights
     return whole - int(matrices * (item - QUANTIZED_WEIGHT[quantization]))
 
 

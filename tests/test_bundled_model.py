@@ -211,12 +211,7 @@ def test_nf4_on_a_cpu_answers_like_bf16(engine: Engine) -> None:
     reference.crosslmm.to(torch.bfloat16)
     expected, _ = answers(reference, "native")
     texts, _ = answers(Engine.load(quantization="4bit"), "native")
-    # 98 of 102 (2026-11-21): one point short of 97 %. Guesses flip; what it knows should not.
-    assert agreement(texts, expected) >= 0.95
-    truth = [qa.answer for _, asked in memories(reference, "native") for qa in asked]
-    known = [text.startswith(f"{answer}<") for text, answer in zip(expected, truth, strict=True)]
-    kept = [a == b for a, b, knows in zip(texts, expected, known, strict=True) if knows]
-    assert len(kept) >= 60 and float(np.mean(kept)) >= 0.97
+    assert agreement(texts, expected) >= 0.97
 
 
 # The command line.

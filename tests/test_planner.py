@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import BitsAndBytesConfig
 
 from model.accounting import account
 from model.configuration_crosslmm import CrossLMMConfig
+from model.loading import quantization_config
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.planner import Plan, PlanSettings, plan, predict, weight_bytes
 from model.types import InputError
@@ -106,19 +106,13 @@ def test_predicted_bytes_hold_and_are_not_far_off(scope, dtype, precision, text_
 def test_weight_bytes(quantization, tmp_path):
     config = small_config()
     crosslmm = CrossLMMForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
-    options = None
     if quantization != "none":
         crosslmm.save_pretrained(tmp_path)
-        options = BitsAndBytesConfig(
-            load_in_8bit=quantization == "8bit",
-            load_in_4bit=quantization == "4bit",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
-        )
         crosslmm = CrossLMMForConditionalGeneration.from_pretrained(
-            tmp_path, quantization_config=options, dtype=torch.bfloat16, device_map="cpu"
+            tmp_path,
+            quantization_config=quantization_config(quantization),
+            dtype=torch.bfloat16,
+            device_map="cpu",
         )
     held = 0
     for tensor in crosslmm.parameters():

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from model.configuration_crosslmm import CrossLMMConfig
-from model.loading import CROSS_ATTENTION, load_config, load_weights, quantization_config
+from model.loading import load_config, load_weights, quantization_config
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.types import InputError
 
@@ -88,7 +88,7 @@ def load_base(
     settings = {}
     if quantized:
         settings = {
-            "quantization_config": quantization_config(quantization, keep=CROSS_ATTENTION),
+            "quantization_config": quantization_config(quantization),
             "device_map": {"": str(device)},
         }
     crosslmm = load_weights(

@@ -6,6 +6,7 @@ A part yields rows as they come, so that a part that runs out of memory or time 
 from __future__ import annotations
 
 import gc
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from model.accounting import account
 from model.attention_maps import MapCapture, text_to_visual
 from model.configuration_crosslmm import CrossLMMConfig
-from model.loading import UNQUANTIZED
+from model.loading import CROSS_ATTENTION, UNQUANTIZED
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.video_memory import VideoMemory
 from tests.bench.peer_models import BEFORE, peer_config, pixels, resident, settle
@@ -102,11 +103,12 @@ def build(
 
 
 def _quantize(whole: nn.Module, device: str) -> None:
-    """NF4 with double quantisation, where the app has it: everywhere but in `UNQUANTIZED`."""
+    """NF4 with double quantisation, where the app has it: in the LLM's own layers."""
     import bitsandbytes
 
     for name, module in list(whole.named_modules()):
-        if not isinstance(module, nn.Linear) or name.startswith(tuple(UNQUANTIZED)):
+        kept = name.startswith(tuple(UNQUANTIZED)) or re.match(CROSS_ATTENTION, name)
+        if not isinstance(module, nn.Linear) or kept:
             continue
         small = bitsandbytes.nn.Linear4bit(
             module.in_features,
