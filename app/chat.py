@@ -161,7 +161,7 @@ async def run_turn(
             rest = [one for one in batch if not isinstance(one, FramesRead)]
             update = _apply(rest, turn, pace) if rest else Update(line)
             update, line = replace(update, frames=any(seen)), update.line
-            session.drop_old_maps(settings.kept_maps)
+            session.thin_out(settings.kept_maps)
             yield _with_remark(update, session)
             if not update.finished:
                 await asyncio.sleep(_UPDATE_SECONDS)

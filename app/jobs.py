@@ -50,12 +50,12 @@ class Job:
         self._pending: deque[JobEvent] = deque()
         self._changed = threading.Condition()
         self._listener: Callable[[], None] | None = None
-        self._last: JobEvent | None = None
+        self._done = False
 
     @property
     def done(self) -> bool:
         """Whether the last event has been put in."""
-        return self._last is not None
+        return self._done
 
     def cancel(self) -> None:
         """Ask the worker to stop this job; its last event says how it ended."""
@@ -65,10 +65,9 @@ class Job:
     def put(self, event: JobEvent) -> None:
         """Add an event; whatever comes after the last one is dropped."""
         with self._changed:
-            if self._last is not None:
+            if self._done:
                 return
-            if isinstance(event, _LAST):
-                self._last = event
+            self._done = isinstance(event, _LAST)
             self._pending.append(event)
             self._changed.notify_all()
             if self._listener is not None:

@@ -92,19 +92,39 @@ class Session:
         """What the panels show: the answer to the last question, with its attention."""
         return self.turns[-1].result if self.turns else None
 
-    def drop_old_maps(self, most: int) -> None:
+    def conversations(self) -> list[list[Turn]]:
+        """The turns about each video of the visit, the current one first."""
+        return [self.turns, *(visit.turns for visit in self.earlier)]
+
+    def thin_out(self, most: int) -> None:
         """Keep the attention of `most` answers of the visit: that of a long one fills megabytes.
 
-        Those about the current video come first, then those about the latest of the others.
+        Those about the current video come first, then those about the latest of the others. Of
+        answers that are not the last about their video, only sums of costs are shown.
         """
         kept = 0
-        for turns in (self.turns, *(visit.turns for visit in self.earlier)):
+        for turns in self.conversations():
+            after: Turn | None = None
             for turn in reversed(turns):
-                if turn.result is None or turn.result.attention is None:
+                if turn.result is None:
                     continue
-                kept += 1
-                if kept > most:
+                kept += turn.result.attention is not None
+                if turn.result.attention is not None and kept > most:
                     turn.result = replace(turn.result, attention=None)
+                if after is not None and turn.result.savings.crosslmm.curve:
+                    savings = turn.result.savings.without_curves()
+                    turn.result = replace(turn.result, savings=savings)
+                after = turn
+
+    def map_bytes(self) -> int:
+        """Bytes of the attention that is kept."""
+        found = {
+            id(attention): attention.nbytes
+            for turns in self.conversations()
+            for turn in turns
+            if turn.result is not None and (attention := turn.result.attention) is not None
+        }
+        return sum(found.values())
 
     def begin_anew(self) -> None:
         """Forget the conversation about the current video."""
@@ -255,6 +275,23 @@ class Sessions:
         with self._lock:
             return len(self._by_key)
 
+    def limit_maps(self) -> None:
+        """Drop maps while those of all visitors take too much; the most silent lose theirs first.
+
+        Of everybody the last answer's stay while that suffices.
+        """
+        with self._lock:
+            visitors = sorted(self._by_key.values(), key=lambda one: one.last_seen)
+        sizes = {one.id: one.map_bytes() for one in visitors}
+        for most in (1, 0):
+            for one in visitors:
+                if sum(sizes.values()) <= self._settings.all_map_bytes:
+                    return
+                one.thin_out(most)
+                if not most:
+                    one.looking.show(None, None)
+                sizes[one.id] = one.map_bytes()
+
     def make_room(self) -> None:
         """Delete files nobody uses; then, while there are too many, those of silent visitors."""
         self.disk.tidy()
@@ -307,6 +344,7 @@ class Sessions:
         while not self._closed.wait(_LOOK_SECONDS):
             try:
                 self.end_expired()
+                self.limit_maps()
                 self.make_room()
             except OSError as error:  # a disk that fails now may work later
                 log("tidying_failed", error=type(error).__name__)

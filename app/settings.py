@@ -140,6 +140,13 @@ class Settings:
     kept_maps: int = option(
         4, "model", int, "a visitor's last answers whose attention maps are kept", "N"
     )
+    all_map_bytes: int = option(
+        2**30,
+        "model",
+        parse_bytes,
+        "most that the kept maps of all visitors take; those of silent ones go first",
+        "SIZE",
+    )
 
     host: str | None = option(
         None, "server", str, "address to listen on; only this machine when not given", "ADDRESS"

@@ -290,6 +290,7 @@ def launch_options(settings: Settings, worker: Worker, sessions: Sessions) -> di
         "auth": list(settings.auth) or None,
         "mcp_server": settings.mcp,
         "max_file_size": settings.max_upload_bytes,
+        "state_session_capacity": settings.max_visitors,
         "theme": theme(),
         "css_paths": [STATIC / f"{name}.css" for name in STYLES],
         "head": f"<script>{script}</script>",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -338,6 +338,15 @@ class AttentionSummary:
         """Mean over the answer's tokens, (layers, T)."""
         return self.t2v.mean(axis=0)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of maps and pictures."""
+        pictures = (*self.pictures, *(frame.jpeg for frame in self.frames))
+        arrays = [self.t2v, *(frame.patches for frame in self.frames)]
+        for one in self.maps:
+            arrays += [one.words, one.heads, one.both, one.patches]
+        return sum(map(len, pictures)) + sum(a.nbytes for a in arrays if a is not None)
+
     def map(self, kind: MapKind) -> AttentionMap | None:
         """The map of a kind, where there is one."""
         return next((one for one in self.maps if one.kind == kind), None)
@@ -408,6 +417,11 @@ class Savings:
     def systems(self) -> tuple[SystemCost, ...]:
         """All that are compared, ours first."""
         return self.crosslmm, self.llava_onevision, self.unpooled
+
+    def without_curves(self) -> Savings:
+        """The same for a conversation's sums: what other lengths would cost is left out."""
+        names = ("crosslmm", "unpooled", "llava_onevision")
+        return replace(self, **{n: replace(getattr(self, n), curve=()) for n in names})
 
 
 @dataclass(frozen=True)

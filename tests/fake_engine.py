@@ -233,13 +233,13 @@ def _answer(
         timings=Timings(*spent, first, total),
         frame_times=times,
         attention=_attention(times, tokens, info, request) if said else None,
-        savings=_savings(frames, 20),
+        savings=savings(frames, 20),
         memory_reused=reused,
         video=info,
     )
 
 
-def _savings(frames: int, text: int) -> Savings:
+def savings(frames: int, text: int) -> Savings:
     def cost(system: str, per_frame: int) -> SystemCost:
         curve = tuple(
             CurvePoint(n, 1e7 * n * (per_frame + 5) + (n * per_frame) ** 2, 1e4 * n * per_frame)

@@ -11,9 +11,11 @@ from app.jobs import Job
 from app.sessions import Session, Sessions, Turn
 from app.settings import Settings
 from app.sources import Video, take_upload
-from model.types import AskRequest
+from model.types import AskRequest, Savings
+from tests.fake_engine import savings
 
 SETTINGS = Settings()
+SAVINGS = savings(frames=8, text=20)
 
 
 @pytest.fixture
@@ -37,10 +39,22 @@ def added(sessions: Sessions, videos: dict[str, Path]) -> tuple[Session, Video]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Maps:
+    """What these tests need of an answer's attention."""
+
+    nbytes: int = 1000
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """What these tests need of an answer."""
 
-    attention: str | None = "maps"
+    attention: Maps | None = dataclasses.field(default_factory=Maps)
+    savings: Savings = SAVINGS
+
+
+def kept(turns: list[Turn]) -> list[bool]:
+    return [turn.result.attention is not None for turn in turns]
 
 
 def ask(session: Session, times: int) -> None:
@@ -94,15 +108,51 @@ def test_maps_are_kept_of_the_current_video_first(
     ask(session, 2)
     first = list(session.turns)
     sessions.set_video(session, take_upload(videos["av1"], session.folder, SETTINGS))
-    assert [turn.result.attention for turn in first] == ["maps"] * 2
+    assert kept(first) == [True, True]
     ask(session, 2)
-    session.drop_old_maps(3)
-    assert [turn.result.attention for turn in first] == [None, "maps"]
-    assert [turn.result.attention for turn in session.turns] == ["maps"] * 2
+    session.thin_out(3)
+    assert kept(first) == [False, True]
+    assert kept(session.turns) == [True, True]
     sessions.go_back(session, session.earlier[0].media)
-    session.drop_old_maps(1)
-    assert session.last_answer().attention == "maps"
-    assert [turn.result.attention for turn in session.earlier[0].turns] == [None] * 2
+    session.thin_out(1)
+    assert kept(session.turns) == [False, True]
+    assert kept(session.earlier[0].turns) == [False, False]
+
+
+def test_costs_at_other_lengths_are_kept_of_the_last_answer_only(
+    added: tuple[Session, Video],
+) -> None:
+    session, _ = added
+    ask(session, 3)
+    session.thin_out(4)
+    told = [turn.result.savings for turn in session.turns]
+    assert [bool(one.crosslmm.curve) for one in told] == [False, False, True]
+    assert all(one.without_curves() == SAVINGS.without_curves() for one in told)
+
+
+@pytest.mark.parametrize(
+    ("most", "silent", "lively"),
+    [
+        (4000, [True, True], [True, True]),
+        (3500, [False, True], [True, True]),
+        (2500, [False, True], [False, True]),  # everybody's last one stays while that suffices
+        (1500, [False, False], [False, True]),
+    ],
+)
+def test_maps_of_all_visitors_have_a_limit_and_silent_visitors_pay_it(
+    most: int, silent: list[bool], lively: list[bool], tmp_path: Path
+) -> None:
+    sessions = Sessions(Settings(data_dir=str(tmp_path), all_map_bytes=most), lambda _: None)
+    one, other = sessions.get("one"), sessions.get("other")
+    for session in (one, other):
+        ask(session, 2)
+        session.looking.look = session.last_answer()
+    other.last_seen -= 60
+    sessions.limit_maps()
+    assert kept(other.turns) == silent
+    assert kept(one.turns) == lively
+    assert [bool(session.looking.look) for session in (other, one)] == [any(silent), True]
+    sessions.close()
 
 
 def test_the_oldest_video_of_a_visit_goes_first(

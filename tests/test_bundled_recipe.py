@@ -16,18 +16,20 @@ from model.loading import load
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training import bundled
 from model.training.bundled import Trainer
-from model.training.curriculum import LEVELS, Curriculum
+from model.training.curriculum import FIRST, LEVELS, Curriculum
 from model.training.encoder import CLASSES, COUNT, CROP, crop, look_loss
 from model.training.guided_loss import GuidedLoss, right_answers
 from model.training.library import Video
 from model.training.masking import evidence_stretches, other_stretch
-from model.training.order_guide import OrderGuide
+from model.training.order_guide import Order, OrderGuide, ShownHead
+from model.training.outputs import Outputs
 from model.training.packing import IGNORE, Packed
-from model.training.release import EXAMPLES, release
+from model.training.release import EXAMPLES, KINDS_FILE, release
 from model.training.sign_crops import SignPainter
 from model.training.tokenizer import train_tokenizer
 from model.training.world_facts import LONGEST_SIGN, NOUN_IDS, SIGN_CHARACTERS
 from model.training.world_parts import Actor, Background, Placed, Scene
+from model.training.world_phrases import NOTHING
 from model.training.world_questions import QA, Evidence, all_texts
 from model.types import InputError
 from tests.tiny import tiny_model
@@ -90,6 +92,8 @@ def test_a_kind_climbs_only_when_it_is_answered_well() -> None:
     assert curriculum.level["number"] == 0
     assert curriculum.kinds_at(1) == ["when"]
     assert curriculum.weight("number") > curriculum.weight("when")
+    begun = Curriculum(("when", "number", "count"), 6, new=("count",))
+    assert begun.level == {"when": 6, "number": 6, "count": FIRST}
     restored = Curriculum(("when", "number", "count"))
     restored.restore(curriculum.state())
     assert restored.level == {"when": 1, "number": 0, "count": 0}
@@ -130,27 +134,96 @@ def test_visual_tokens_are_asked_what_came_last_and_what_before_it() -> None:
     scenes = [shown(), shown("cat"), shown(), shown("owl"), shown("dog", "pig"), shown("bee")]
     placed = tuple(Placed(scene, 3.0 * i) for i, scene in enumerate(scenes))
     times = np.arange(18) + 0.5
-    latest, previous = OrderGuide.labels(Video(placed, times, np.arange(18)))
+    order = Order.of(Video(placed, times, np.arange(18)))
     cat, owl, bee = (NOUN_IDS[noun] for noun in ("cat", "owl", "bee"))
-    assert latest[::3].tolist() == [0, cat, cat, owl, IGNORE, bee]
-    assert previous[::3].tolist() == [0, 0, 0, cat, IGNORE, IGNORE]
+    assert order.labels(0)[::3].tolist() == [0, cat, cat, owl, IGNORE, bee]
+    assert order.labels(1)[::3].tolist() == [0, 0, 0, cat, IGNORE, IGNORE]
+    assert order.news[::3].tolist() == [IGNORE, 3, 3, 9, 12, 15]
+    asked = {  # the frames whose tokens know the answers
+        ("before", "a cat"): [9],
+        ("before", NOTHING): [3],
+        ("after", "an owl"): [9],
+        ("after", NOTHING): [],
+        ("when", "0:03"): [],
+        ("scenes", "..."): [3, 9, 12, 15],
+    }
+    for (kind, answer), wanted in asked.items():
+        assert order.knowing(QA(kind, "?", answer)) == wanted
+
+
+def test_a_video_without_objects_has_no_order() -> None:
+    video = Video((Placed(Scene(9.0, GREY), 0.0),), np.arange(4) + 0.5, np.arange(4))
+    order = Order.of(video)
+    assert order.labels(0).tolist() == order.labels(1).tolist() == [0] * 4
+    assert order.news.tolist() == [IGNORE] * 4
+    assert order.knowing(QA("scenes", "?", "")) == []
+
+
+def test_attention_of_a_shown_head_is_that_of_transformers() -> None:
+    model = tiny_model(attn_implementation="eager")
+    seen = Outputs()
+    head, weights = ShownHead(model, 1, seen), []
+    layer = model.model.language_model.layers[1].self_attn
+    layer.register_forward_hook(lambda module, args, output: weights.append(output[1]))
+    ids = torch.randint(5, 50, (2, 9))
+    places = torch.arange(9).expand(2, -1) + torch.tensor([[0], [3]])
+    with torch.no_grad():
+        model(input_ids=ids, position_ids=places)
+    causal = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    packed = Packed(ids, causal, places, *[None] * 2, video_start=2, text_start=6, spans=[])
+    found = head.attention(slice(5, 9, 3), packed, frames=2)  # two frames of two tokens
+    wanted = weights[0][:, 0, 5:9:3, 2:6].unflatten(-1, (2, 2)).sum(-1)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_order_is_read_from_the_last_token_of_each_frame() -> None:
-    guide = OrderGuide(tiny_model())
-    width, frames = guide.heads["latest"].in_features, 4
-    video = Video((Placed(Scene(9.0, GREY), 0.0),), np.arange(frames) + 0.5, np.arange(frames))
-    for head in guide.heads.values():  # certain of "nothing" where the first feature is the largest
-        head.requires_grad_(False)
-        head.bias.zero_()
-        head.weight.zero_()[0, 0] = 9.0
-    hidden = torch.zeros(1, 3 + 2 * frames + 5, width)  # two tokens per frame
-    hidden[:, 4 : 3 + 2 * frames : 2, 0] = 1.0
-    guide.hidden.update(latest=hidden, previous=hidden)
-    packed = Packed(*[None] * 5, video_start=3, text_start=3 + 2 * frames, spans=[])
-    assert guide.loss(packed, [video]) < 1e-3
-    guide.hidden["previous"] = hidden.roll(1, dims=1)  # now in the other token of each frame
-    assert guide.loss(packed, [video]) > 1
+    guide = OrderGuide(tiny_model(), comma=0)
+    width, count = guide.heads["latest"].in_features, 4
+    head = guide.heads["latest"]  # certain of "nothing" where the first feature is the largest
+    head.requires_grad_(False)
+    head.bias.zero_()
+    head.weight.zero_()[0, 0] = 9.0
+    hidden = torch.zeros(1, 3 + 2 * count + 5, width)  # two tokens per frame
+    hidden[:, 4 : 3 + 2 * count : 2, 0] = 1.0
+    packed = Packed(*[None] * 5, video_start=3, text_start=3 + 2 * count, spans=[])
+    nothing = torch.zeros(1, count, dtype=torch.long)
+    guide.hidden["latest"] = hidden
+    assert guide.label_loss("latest", packed, nothing) < 1e-3
+    assert guide.label_loss("latest", packed, nothing + IGNORE) == 0
+    guide.hidden["latest"] = hidden.roll(1, dims=1)  # now in the other token of each frame
+    assert guide.label_loss("latest", packed, nothing) > 1
+
+
+def test_shown_heads_are_judged_by_their_share_on_what_they_are_to_look_at() -> None:
+    model = tiny_model(text={"num_hidden_layers": 5})
+    for layer in model.model.language_model.layers:
+        for part in layer.self_attn.q_proj.parameters():
+            part.data.zero_()  # every token looks at all before it alike
+    guide = OrderGuide(model, comma=7)
+    scenes = [Scene(2.0, GREY, (Actor(noun, *[0.3] * 6, 0, 2),)) for noun in ("cat", "owl")]
+    placed = tuple(Placed(scene, 2.0 * i) for i, scene in enumerate(scenes))
+    video = Video(placed, np.arange(4) + 0.5, np.arange(4))
+    answer = QA("after", "?", "an owl")
+    packed = Packed(
+        input_ids=torch.full((1, 12), 9),
+        attention_mask=torch.ones(1, 1, 12, 12, dtype=torch.bool).tril(),
+        position_ids=torch.arange(12)[None],
+        labels=None,
+        frame_times=None,
+        video_start=2,
+        text_start=6,
+        spans=[[(answer, 9, 12)]],  # two tokens and the end, predicted by columns 8, 9 and 10
+    )
+    with torch.no_grad():
+        model(input_ids=packed.input_ids, position_ids=packed.position_ids)
+        found = guide.loss(packed, [video])[1]
+    # Of all columns so far; frame t is column t + 2.
+    neighbour = [1 / 4, 1 / 5, 1 / 6]  # of all frames but the first
+    news = [1 / 3, 1 / 4, 1 / 5, 1 / 6]  # the cat's first frame, then the owl's
+    before_news = [1 / 5]  # of the owl's first frame
+    asked = [1 / 9, 1 / 10]  # of both tokens of the answer
+    means = [-(torch.tensor(x) + 1e-4).log().mean() for x in (neighbour, news, before_news, asked)]
+    torch.testing.assert_close(found, sum(means))
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +297,7 @@ def test_an_ablation_starts_from_a_model_with_more_branches(
     whole = few_scenes(recipe, monkeypatch, "--steps", "3")
     folder = tmp_path / "model"
     whole.crosslmm.save_pretrained(folder)
+    (folder / KINDS_FILE).write_text(json.dumps(["when", "number"]))
     more = ("--out", str(tmp_path), "--library", str(recipe / "library"))
     more += ("--encoder", str(recipe / "encoder"), "--start", str(folder))
     part = few_scenes(recipe, monkeypatch, *more, "--override", '{"t2v": false}')
@@ -253,7 +327,7 @@ def test_answers_are_right_when_every_token_is() -> None:
 
 
 def test_patches_are_left_out_of_the_memory_only_while_training() -> None:
-    loss = GuidedLoss(tiny_model())
+    loss = GuidedLoss(tiny_model(), comma=0)
     features = torch.randn(1, 3, 16, loss.crosslmm.config.vision_config.hidden_size)
     loss.keep = 0.5
     memory = loss.train().crosslmm.model.embed_frames(features, torch.zeros(1, 3))[1]

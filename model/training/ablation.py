@@ -49,7 +49,7 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> dict:
     if args.start is not None:
         options["--start"] = args.start
     words = [str(word) for pair in options.items() for word in pair]
-    run = arguments([*words, "--kinds", *args.kinds])
+    run = arguments([*words, "--fixed", "--kinds", *args.kinds])
     run.out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(run.out / "checkpoints", ignore_errors=True)  # of another variant
     clock = time.perf_counter()

@@ -53,13 +53,12 @@ from model.training.world_questions import KINDS, QA, all_texts, questions
 from model.types import InputError
 
 TRAINED_KINDS = (
-    "number", "word", "colour", "when", "before", "after", "count", "where", "exists", "absent",
-    "outside",
+    "number", "word", "colour", "when", "before", "after", "count", "where", "exists", "scenes",
+    "direction", "absent", "outside",
 )  # fmt: skip
-NOT_TRAINED = ("scenes", "direction")  # of the world's kinds, by default
 FRAMES_PER_STEP = 80
 QUESTIONS_PER_STEP = 48
-QUESTIONS_PER_VIDEO = 6  # at most
+QUESTIONS_PER_VIDEO = 16  # at most; a long video is paid for mostly by its frames
 TRIES = 12  # videos drawn to find one that allows a kind of question
 MOST_VIDEOS = 24  # of short ones; a frame has one sign at most, and numbers need many examples
 WHOLE_FROM = 0.8  # of the training time: from here on every patch is in the memory
@@ -193,16 +192,19 @@ class Trainer(Updates):
         self.crosslmm, self.processor = new_model(encoder, json.loads(args.override))
         sample = torch.from_numpy(self.library.features[::37][:2000].copy())
         initialise(self.crosslmm, sample)
+        new: set[str] = set()
         if args.start is not None:
             self._start_from(args.start)
+            new = set(args.kinds) - set(json.loads((args.start / KINDS_FILE).read_text()))
         if self.accelerator.device.type == "cpu":
             self.crosslmm.set_attn_implementation(register_explicit_attention())
         self.prompt = PromptIds(self.processor)
-        self.curriculum = Curriculum(tuple(args.kinds), args.level)
+        self.curriculum = Curriculum(args.kinds, args.level, new=new, fixed=args.fixed)
         self._prepare()
 
     def _prepare(self) -> None:
-        loss = GuidedLoss(self.crosslmm)
+        (comma,) = self.prompt.encode(",")
+        loss = GuidedLoss(self.crosslmm, comma)
         self.crosslmm.model.vision_tower.requires_grad_(False)
         rates = dict.fromkeys(STAGES["2"].rates, self.args.learning_rate)
         groups = parameter_groups(self.crosslmm, rates, WEIGHT_DECAY)
@@ -287,7 +289,7 @@ class Trainer(Updates):
 
     def _refused(self, video: Video, rng: random.Random) -> list[QA]:
         """Questions of the kinds that are not trained: the model is to say what it can answer."""
-        others = [kind for kind in NOT_TRAINED if kind not in self.curriculum.level]
+        others = [kind for kind in KINDS if kind not in self.curriculum.level]
         asked = questions(video.scenes, rng, others, video.times.tolist(), per_kind=1)
         return [QA("outside", qa.question, OUTSIDE_ANSWER) for qa in asked]
 
@@ -320,10 +322,11 @@ class Trainer(Updates):
             figures = self.step(batches)
             for qa, right in self.guided.right:
                 self.curriculum.record(qa.kind, self.level, right, self.done)
-            figures |= {"astray": self.guided.astray, "disorder": self.guided.disorder}
+            guided = ("astray", "disorder", "lost")
+            figures |= {name: getattr(self.guided, name) for name in guided}
             now = time.time()
             self.progress.seconds, clock = self.progress.seconds + now - clock, now
-            for name in ("loss", "astray", "disorder"):
+            for name in ("loss", *guided):
                 told[name] = 0.98 * told[name] + 0.02 * figures[name]
             step = self.progress.step
             if step % 100 == 0:
@@ -361,8 +364,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=90, help="of the third part")
     parser.add_argument("--steps", type=int, help="of the third part, instead of --minutes")
     parser.add_argument(
-        "--level", type=int, choices=range(len(LEVELS)), help="one length from the beginning"
+        "--level", type=int, default=0, choices=range(len(LEVELS)), help="length to begin with"
     )
+    parser.add_argument("--fixed", action="store_true", help="stay at the length of the beginning")
     parser.add_argument("--kinds", nargs="+", default=TRAINED_KINDS, choices=KINDS)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--keep", type=float, default=0.4, help="share of patches trained on")

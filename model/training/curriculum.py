@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Collection
 
 # Frames per video; a kind climbs when it is answered well. Single frames teach reading: a step on
 # them holds ten times as many signs as one on short videos.
 LEVELS = (1, 3, 5, 8, 12, 18, 26, 36, 48, 72, 96)
+FIRST = 2  # the highest level at which a kind that a trained model does not know begins
 PROMOTE = 0.85  # exact-match accuracy at its highest level that lets a kind climb, at first
 # From a share of the training time on, every kind is also asked at this level: long videos must
 # not stay unseen because a kind is hard.
 AT_LEAST = ((0.1, 3), (0.15, 4), (0.25, 5), (0.35, 6), (0.45, 7), (0.65, 8), (0.8, 9))
 # How often a kind is asked, where not 1: these can be asked of every video and would crowd out
-# the others.
+# the others, or have answers of ten times as many tokens.
 # Numbers need the most examples (a digit must be bound to its place), and a video has few signs.
 SHARE = {
-    "outside": 0.08, "absent": 0.35, "exists": 0.4, "number": 2.5, "word": 1.2,
+    "outside": 0.08, "absent": 0.35, "exists": 0.4, "number": 2.5, "word": 1.2, "scenes": 0.12,
 }  # fmt: skip
 
 
 class Curriculum:
     """Which kind of question is asked on videos of which length.
 
-    `fixed`: a level up to which all are asked from the beginning; then no kind ever climbs.
+    `level`: up to which all but the `new` kinds are asked from the beginning; `fixed`: no kind
+    ever climbs.
     """
 
-    def __init__(self, kinds: tuple[str, ...], fixed: int | None = None) -> None:
-        self.level = dict.fromkeys(kinds, fixed or 0)
-        self.fixed = fixed is not None
+    def __init__(
+        self,
+        kinds: Collection[str],
+        level: int = 0,
+        *,
+        new: Collection[str] = (),
+        fixed: bool = False,
+    ) -> None:
+        self.level = {kind: min(level, FIRST) if kind in new else level for kind in kinds}
+        self.fixed = fixed
         self.accuracy: dict[tuple[str, int], float] = defaultdict(float)
         self.count: dict[tuple[str, int], int] = defaultdict(int)
 

@@ -21,17 +21,18 @@ class GuidedLoss(AnswerLoss):
     """Cross-entropy of answers' tokens, summed, and two guides; leaves what it found in `found`.
 
     `weight` is that of the guides, `keep` the share of patches that stay in the memory: most of a
-    step's cost is their keys and values, and most of them show background.
+    step's cost is their keys and values, and most of them show background. `comma`: the id of the
+    token that separates the parts of an answer.
     """
 
-    def __init__(self, crosslmm: CrossLMMForConditionalGeneration) -> None:
+    def __init__(self, crosslmm: CrossLMMForConditionalGeneration, comma: int) -> None:
         super().__init__(crosslmm)
         self.evidence = EvidenceGuide(crosslmm)
-        self.order = OrderGuide(crosslmm)
+        self.order = OrderGuide(crosslmm, comma)
         self.weight, self.keep = 0.0, 1.0
         self.kept: torch.Tensor | None = None  # (B, T, n) patches that stayed
         self.right: Right = []  # which of the last batch's answers are right in every token
-        self.astray = self.disorder = 0.0
+        self.astray = self.disorder = self.lost = 0.0
         self._embed = crosslmm.model.embed_frames
         crosslmm.model.embed_frames = self._embed_some
 
@@ -42,9 +43,9 @@ class GuidedLoss(AnswerLoss):
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         if self.training and self.weight:
             off = self.evidence.loss(batch["packed"], batch["videos"], self.kept)
-            disorder = self.order.loss(batch["packed"], batch["videos"])
-            self.astray, self.disorder = off.item(), disorder.item()
-            loss = loss + len(targets) * self.weight * (off + disorder)
+            unknown, lost = self.order.loss(batch["packed"], batch["videos"])
+            self.astray, self.disorder, self.lost = off.item(), unknown.item(), lost.item()
+            loss = loss + len(targets) * self.weight * (off + unknown + lost)
         return loss
 
     def _embed_some(

@@ -1,28 +1,109 @@
-"""An auxiliary loss on visual tokens: what came last, and what came before that.
+"""An auxiliary loss on visual tokens: what came last, what came before that, and how to see it.
 
-"What appears right before the cat?" needs every frame's tokens to know their scene and the one
-before it. From answers alone this was not learnt (right in .1 to .4 of cases after 7,000 steps), so
-two linear heads, thrown away afterwards, ask the LLM's hidden states for it.
+"What appears right before the cat?" needs every frame's tokens to know their object and the one
+before it. From answers alone this was not learnt (right in .1 to .4 of cases after 7,000 steps).
+Two linear heads, thrown away afterwards, ask the LLM's hidden states for it; what came before was
+still not learnt from them (.4 of frames after 6,000 steps), because a frame must first find the
+right one among a hundred. So one head of self-attention in some layers is shown a way that takes a
+single step at a time: the frame before tells what is new here; the last frame with something new
+tells what came last; the frame before that one knew what had come last then.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training.library import Video
 from model.training.outputs import Outputs
 from model.training.packing import IGNORE, Packed
 from model.training.world_facts import NOUN_IDS, make_timeline
+from model.training.world_phrases import NOTHING, with_article
+from model.training.world_questions import QA
+
+ARTICLED = {with_article(noun): number for noun, number in NOUN_IDS.items()}
+# Layers whose first head is shown where to look: frames at the frame before them, at the last one
+# with something new, and (only those with something new) at the frame before them again; then a
+# question at the frame that knows its answer.
+NEIGHBOUR, NEWS, BEFORE_NEWS, ASKED = 0, 1, 2, 4
+
+
+@dataclass(frozen=True)
+class Order:
+    """What came when, by the T frames of a video that were sampled."""
+
+    ids: torch.Tensor  # (E,) of the objects in the order they came; IGNORE: not alone
+    arrival: torch.Tensor  # (E,) index of the first frame that shows it
+    event: torch.Tensor  # (T,) index of the last object to come; -1: nothing yet
+
+    @classmethod
+    def of(cls, video: Video) -> Order:
+        """That of the frames that were sampled."""
+        came = make_timeline(video.scenes, video.times.tolist()).appearances
+        firsts = [seen.first for seen in came]
+        ids = [NOUN_IDS[one.noun] if firsts.count(one.first) == 1 else IGNORE for one in came]
+        return cls(
+            torch.tensor(ids, dtype=torch.long),
+            torch.from_numpy(np.searchsorted(video.times, firsts)),
+            torch.from_numpy(np.searchsorted(firsts, video.times, side="right")) - 1,
+        )
+
+    @property
+    def news(self) -> torch.Tensor:
+        """Per frame: the last one, itself included, that shows something new; or IGNORE, (T,)."""
+        return torch.cat((torch.tensor([IGNORE]), self.arrival))[self.event + 1]
+
+    def labels(self, back: int) -> torch.Tensor:
+        """Id of the object that came last (`back` 0) or before it (1), (T,); 0: there is none."""
+        padded = torch.cat((torch.zeros(2, dtype=torch.long), self.ids))
+        return padded[self.event + 2 - back]
+
+    def knowing(self, qa: QA) -> list[int]:
+        """The frame whose token knows the answer, for each of its parts; none: any may."""
+        if qa.kind == "scenes":
+            return self.arrival.unique().tolist()
+        if qa.kind not in ("before", "after"):
+            return []
+        if qa.answer == NOTHING:
+            return self.arrival[:1].tolist() if qa.kind == "before" else []
+        (index,) = (self.ids == ARTICLED[qa.answer]).nonzero().flatten().tolist()
+        return [int(self.arrival[index + (qa.kind == "before")])]
+
+
+class ShownHead:
+    """Where the first head of a layer's self-attention looks, from its projections."""
+
+    def __init__(self, crosslmm: CrossLMMForConditionalGeneration, layer: int, seen: Outputs):
+        language_model = crosslmm.model.language_model
+        self.module, self.layer, self.seen = language_model.layers[layer].self_attn, layer, seen
+        seen.watch("rotary", language_model.rotary_emb)
+        for name in ("q_proj", "k_proj"):
+            seen.watch((layer, name), getattr(self.module, name))
+
+    def attention(self, rows: slice, packed: Packed, frames: int) -> torch.Tensor:
+        """Shares (B, L, T) of each frame, for queries of `rows`; the rest lies on text."""
+        width = self.module.head_dim
+        query, key = (self.seen[self.layer, name][..., :width] for name in ("q_proj", "k_proj"))
+        cos, sin = self.seen["rotary"]
+        query, key = (x[:, 0] for x in apply_rotary_pos_emb(query[:, None], key[:, None], cos, sin))
+        mask = packed.attention_mask[:, 0, rows].to(query.device)
+        scores = (query[:, rows] @ key.mT).float() * self.module.scaling
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        return weights[..., packed.visual_columns()].unflatten(-1, (frames, -1)).sum(-1)
 
 
 class OrderGuide(nn.Module):
     """Heads on the hidden states of visual tokens, one layer for each of the two questions."""
 
-    def __init__(self, crosslmm: CrossLMMForConditionalGeneration) -> None:
+    def __init__(self, crosslmm: CrossLMMForConditionalGeneration, comma: int) -> None:
         super().__init__()
+        self.comma = comma
         layers = crosslmm.model.language_model.layers
         self.hidden = Outputs()
         # Text reads what is known here in the layers that follow, so the last ones are too late.
@@ -32,33 +113,72 @@ class OrderGuide(nn.Module):
         self.heads = nn.ModuleDict(
             {name: nn.Linear(width, classes) for name in ("latest", "previous")}
         )
+        self.shown = {
+            layer: ShownHead(crosslmm, layer, self.hidden)
+            for layer in (NEIGHBOUR, NEWS, BEFORE_NEWS, ASKED)
+            if layer < len(layers)
+        }
 
-    @staticmethod
-    def labels(video: Video) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids of the object that came in last and of the one before it, (T,) each, per frame.
+    def loss(self, packed: Packed, videos: list[Video]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean cross-entropy of both heads, and that of the shown heads' attention, summed."""
+        orders = [Order.of(video) for video in videos]
+        news = torch.stack([order.news for order in orders])
+        places = torch.arange(news.shape[1]).expand_as(news)
+        is_news = news == places
+        latest, previous = (torch.stack([o.labels(back) for o in orders]) for back in (0, 1))
+        labels = (
+            self.label_loss("latest", packed, latest)
+            + self.label_loss("previous", packed, previous.where(is_news, IGNORE))
+        ) / 2
+        neighbour = (places - 1).where(places > 0, IGNORE)
+        looks = [
+            self._frame_loss(NEIGHBOUR, packed, neighbour),
+            self._frame_loss(NEWS, packed, news),
+            self._frame_loss(BEFORE_NEWS, packed, neighbour.where(is_news, IGNORE)),
+            self._question_loss(packed, orders),
+        ]
+        return labels, torch.stack(looks).sum()
 
-        0 is nothing yet; IGNORE where several came in at once.
-        """
-        order = make_timeline(video.scenes, video.times.tolist()).appearances
-        firsts = [seen.first for seen in order]
-        ids = [NOUN_IDS[a.noun] if firsts.count(a.first) == 1 else IGNORE for a in order]
-        ids = torch.tensor([0, 0, *ids])
-        came = torch.searchsorted(
-            torch.tensor(firsts, dtype=torch.double), torch.as_tensor(video.times), right=True
-        )
-        return ids[came + 1], ids[came]
+    def label_loss(self, name: str, packed: Packed, wanted: torch.Tensor) -> torch.Tensor:
+        """Of the last token of each frame; wanted (B, T)."""
+        hidden = self.hidden[name][:, packed.visual_columns()]
+        hidden = hidden.unflatten(1, (wanted.shape[1], -1))[:, :, -1]
+        logits = self.heads[name](F.layer_norm(hidden.float(), hidden.shape[-1:])).flatten(0, 1)
+        target = wanted.flatten().to(logits.device)
+        total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+        return total / (target != IGNORE).sum().clamp_min(1)
 
-    def loss(self, packed: Packed, videos: list[Video]) -> torch.Tensor:
-        """Mean cross-entropy of both heads on the last token of each frame."""
-        latest, previous = (torch.stack(x) for x in zip(*map(self.labels, videos), strict=True))
-        terms = []
-        for name, wanted in (("latest", latest), ("previous", previous)):
-            frames = wanted.shape[1]
-            visual = packed.visual_columns()
-            hidden = self.hidden[name][:, visual].unflatten(1, (frames, -1))[:, :, -1]
-            normed = F.layer_norm(hidden.float(), hidden.shape[-1:])
-            logits = self.heads[name](normed).flatten(0, 1)
-            if (wanted != IGNORE).any():
-                target = wanted.flatten().to(logits.device)
-                terms.append(F.cross_entropy(logits, target, ignore_index=IGNORE))
-        return torch.stack(terms).mean() if terms else torch.zeros(())
+    def _frame_loss(self, layer: int, packed: Packed, wanted: torch.Tensor) -> torch.Tensor:
+        """Mean -log(share of attention on the wanted frame) of the last token of each frame."""
+        if layer not in self.shown or (wanted == IGNORE).all():
+            return torch.zeros(())
+        per_frame = (packed.text_start - packed.video_start) // wanted.shape[1]
+        rows = slice(packed.video_start + per_frame - 1, packed.text_start, per_frame)
+        found = self.shown[layer].attention(rows, packed, wanted.shape[1])
+        logs = (found + 1e-4).log().flatten(0, 1)
+        return F.nll_loss(logs, wanted.flatten().to(logs.device), ignore_index=IGNORE)
+
+    def _question_loss(self, packed: Packed, orders: list[Order]) -> torch.Tensor:
+        """The same of answers' tokens, where one frame is known to have the answer."""
+        wanted = [
+            (row, column, frame)
+            for row, (spans, order) in enumerate(zip(packed.spans, orders, strict=True))
+            for qa, start, end in spans
+            for frame, part in zip(
+                order.knowing(qa), self._parts(packed.input_ids[row], start, end), strict=False
+            )
+            for column in part
+        ]
+        if ASKED not in self.shown or not wanted:
+            return torch.zeros(())
+        rows, columns, frames = torch.tensor(wanted).T
+        text = slice(packed.text_start, None)
+        found = self.shown[ASKED].attention(text, packed, len(orders[0].event))
+        # The column before a token predicts it.
+        return -(found[rows, columns - 1 - packed.text_start, frames] + 1e-4).log().mean()
+
+    def _parts(self, ids: torch.Tensor, start: int, end: int) -> list[range]:
+        """Columns of an answer's parts, without commas and without its end."""
+        commas = [c for c in range(start, end) if ids[c] == self.comma]
+        begins, ends = [start, *(c + 1 for c in commas)], [*commas, end - 1]
+        return list(map(range, begins, ends))

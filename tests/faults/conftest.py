@@ -120,6 +120,7 @@ def the_app(
         "--max-upload-bytes": str(UPLOAD_LIMIT),
         "--queue-size": "6",
         "--max-history-turns": "0",  # the fixed answer must not count turns
+        "--all-map-bytes": "8MB",  # these visitors never say goodbye
         "--stop-grace-seconds": "20",
         "--heartbeat-seconds": "0.2",
         "--heartbeat-timeout-seconds": "6",
