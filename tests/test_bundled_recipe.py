@@ -29,7 +29,6 @@ from model.training.sign_crops import SignPainter
 from model.training.tokenizer import train_tokenizer
 from model.training.world_facts import LONGEST_SIGN, NOUN_IDS, SIGN_CHARACTERS
 from model.training.world_parts import Actor, Background, Placed, Scene
-from model.training.world_phrases import NOTHING
 from model.training.world_questions import QA, Evidence, all_texts
 from model.types import InputError
 from tests.tiny import tiny_model
@@ -139,16 +138,17 @@ def test_visual_tokens_are_asked_what_came_last_and_what_before_it() -> None:
     assert order.labels(0)[::3].tolist() == [0, cat, cat, owl, IGNORE, bee]
     assert order.labels(1)[::3].tolist() == [0, 0, 0, cat, IGNORE, IGNORE]
     assert order.news[::3].tolist() == [IGNORE, 3, 3, 9, 12, 15]
-    asked = {  # the frames whose tokens know the answers
-        ("before", "a cat"): [9],
-        ("before", NOTHING): [3],
-        ("after", "an owl"): [9],
-        ("after", NOTHING): [],
-        ("when", "0:03"): [],
-        ("scenes", "..."): [3, 9, 12, 15],
+    asked = {  # where its object comes in, and where the next one does
+        ("when", "When does the cat appear?"): [(3, 9)],
+        ("count", "how many bees are there"): [(15, IGNORE)],
+        ("after", "What comes after the owl?"): [(9, 12)],
+        ("after", "What comes after the pig?"): [],  # not alone
+        ("absent", "Is there a boat?"): [],
+        ("outside", "Who are you?"): [],
+        ("scenes", "What happens?"): [(IGNORE, 3), (IGNORE, 9), (IGNORE, 12), (IGNORE, 15)],
     }
-    for (kind, answer), wanted in asked.items():
-        assert order.knowing(QA(kind, "?", answer)) == wanted
+    for (kind, question), wanted in asked.items():
+        assert order.asked(QA(kind, question, "")) == wanted
 
 
 def test_a_video_without_objects_has_no_order() -> None:
@@ -156,13 +156,13 @@ def test_a_video_without_objects_has_no_order() -> None:
     order = Order.of(video)
     assert order.labels(0).tolist() == order.labels(1).tolist() == [0] * 4
     assert order.news.tolist() == [IGNORE] * 4
-    assert order.knowing(QA("scenes", "?", "")) == []
+    assert order.asked(QA("scenes", "?", "")) == []
 
 
 def test_attention_of_a_shown_head_is_that_of_transformers() -> None:
     model = tiny_model(attn_implementation="eager")
     seen = Outputs()
-    head, weights = ShownHead(model, 1, seen), []
+    head, weights = ShownHead(model, 1, 3, seen), []
     layer = model.model.language_model.layers[1].self_attn
     layer.register_forward_hook(lambda module, args, output: weights.append(output[1]))
     ids = torch.randint(5, 50, (2, 9))
@@ -172,7 +172,7 @@ def test_attention_of_a_shown_head_is_that_of_transformers() -> None:
     causal = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
     packed = Packed(ids, causal, places, *[None] * 2, video_start=2, text_start=6, spans=[])
     found = head.attention(slice(5, 9, 3), packed, frames=2)  # two frames of two tokens
-    wanted = weights[0][:, 0, 5:9:3, 2:6].unflatten(-1, (2, 2)).sum(-1)
+    wanted = weights[0][:, 3, 5:9:3, 2:6].unflatten(-1, (2, 2)).sum(-1)
     torch.testing.assert_close(found, wanted)
 
 
@@ -203,7 +203,7 @@ def test_shown_heads_are_judged_by_their_share_on_what_they_are_to_look_at() -> 
     scenes = [Scene(2.0, GREY, (Actor(noun, *[0.3] * 6, 0, 2),)) for noun in ("cat", "owl")]
     placed = tuple(Placed(scene, 2.0 * i) for i, scene in enumerate(scenes))
     video = Video(placed, np.arange(4) + 0.5, np.arange(4))
-    answer = QA("after", "?", "an owl")
+    answer = QA("after", "What comes after the cat?", "an owl")
     packed = Packed(
         input_ids=torch.full((1, 12), 9),
         attention_mask=torch.ones(1, 1, 12, 12, dtype=torch.bool).tril(),
@@ -221,8 +221,9 @@ def test_shown_heads_are_judged_by_their_share_on_what_they_are_to_look_at() -> 
     neighbour = [1 / 4, 1 / 5, 1 / 6]  # of all frames but the first
     news = [1 / 3, 1 / 4, 1 / 5, 1 / 6]  # the cat's first frame, then the owl's
     before_news = [1 / 5]  # of the owl's first frame
-    asked = [1 / 9, 1 / 10]  # of both tokens of the answer
-    means = [-(torch.tensor(x) + 1e-4).log().mean() for x in (neighbour, news, before_news, asked)]
+    asked = [1 / 9, 1 / 10]  # of both tokens of the answer, and for two heads
+    looks = (neighbour, news, before_news, asked, asked)
+    means = [-(torch.tensor(x) + 1e-4).log().mean() for x in looks]
     torch.testing.assert_close(found, sum(means))
 
 

@@ -11,6 +11,7 @@ tells what came last; the frame before that one knew what had come last then.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,13 +25,14 @@ from model.training.library import Video
 from model.training.outputs import Outputs
 from model.training.packing import IGNORE, Packed
 from model.training.world_facts import NOUN_IDS, make_timeline
-from model.training.world_phrases import NOTHING, with_article
+from model.training.world_phrases import plural
 from model.training.world_questions import QA
 
-ARTICLED = {with_article(noun): number for noun, number in NOUN_IDS.items()}
+NAMES = {name: i for noun, i in NOUN_IDS.items() for name in (noun, plural(noun))}
 # Layers whose first head is shown where to look: frames at the frame before them, at the last one
-# with something new, and (only those with something new) at the frame before them again; then a
-# question at the frame that knows its answer.
+# with something new, and (only those with something new) at the frame before them again. In the
+# last of them a question's first head finds the frame in which its object comes in, and its second
+# head the frame in which the next one does.
 NEIGHBOUR, NEWS, BEFORE_NEWS, ASKED = 0, 1, 2, 4
 
 
@@ -64,32 +66,48 @@ class Order:
         padded = torch.cat((torch.zeros(2, dtype=torch.long), self.ids))
         return padded[self.event + 2 - back]
 
-    def knowing(self, qa: QA) -> list[int]:
-        """The frame whose token knows the answer, for each of its parts; none: any may."""
+    def asked(self, qa: QA) -> list[tuple[int, int]]:
+        """The frame in which the object of a question comes in, and that in which the next does.
+
+        IGNORE: none. A list of scenes has a pair for each of its parts: the second is its own.
+        """
         if qa.kind == "scenes":
-            return self.arrival.unique().tolist()
-        if qa.kind not in ("before", "after"):
+            return [(IGNORE, frame) for frame in self.arrival.unique().tolist()]
+        found = (self.ids == named(qa.question)).nonzero().flatten().tolist()
+        if not found:
             return []
-        if qa.answer == NOTHING:
-            return self.arrival[:1].tolist() if qa.kind == "before" else []
-        (index,) = (self.ids == ARTICLED[qa.answer]).nonzero().flatten().tolist()
-        return [int(self.arrival[index + (qa.kind == "before")])]
+        frames = [*self.arrival.tolist(), IGNORE]
+        return [(frames[found[0]], frames[found[0] + 1])]
+
+
+def named(question: str) -> int:
+    """Id of the object that a question names; -1: of none."""
+    words = question.lower()
+    found = [noun for noun in NAMES if re.search(rf"\b{noun}\b", words)]
+    return NAMES[max(found, key=len)] if found else -1
 
 
 class ShownHead:
-    """Where the first head of a layer's self-attention looks, from its projections."""
+    """Where a head of a layer's self-attention looks, from its projections."""
 
-    def __init__(self, crosslmm: CrossLMMForConditionalGeneration, layer: int, seen: Outputs):
+    def __init__(
+        self, crosslmm: CrossLMMForConditionalGeneration, layer: int, head: int, seen: Outputs
+    ) -> None:
         language_model = crosslmm.model.language_model
         self.module, self.layer, self.seen = language_model.layers[layer].self_attn, layer, seen
+        width = self.module.head_dim
+        key_head = head // self.module.num_key_value_groups
+        self.columns = [slice(i * width, (i + 1) * width) for i in (head, key_head)]
         seen.watch("rotary", language_model.rotary_emb)
         for name in ("q_proj", "k_proj"):
             seen.watch((layer, name), getattr(self.module, name))
 
     def attention(self, rows: slice, packed: Packed, frames: int) -> torch.Tensor:
         """Shares (B, L, T) of each frame, for queries of `rows`; the rest lies on text."""
-        width = self.module.head_dim
-        query, key = (self.seen[self.layer, name][..., :width] for name in ("q_proj", "k_proj"))
+        query, key = (
+            self.seen[self.layer, name][..., columns]
+            for name, columns in zip(("q_proj", "k_proj"), self.columns, strict=True)
+        )
         cos, sin = self.seen["rotary"]
         query, key = (x[:, 0] for x in apply_rotary_pos_emb(query[:, None], key[:, None], cos, sin))
         mask = packed.attention_mask[:, 0, rows].to(query.device)
@@ -113,9 +131,10 @@ class OrderGuide(nn.Module):
         self.heads = nn.ModuleDict(
             {name: nn.Linear(width, classes) for name in ("latest", "previous")}
         )
+        shown = [(NEIGHBOUR, 0), (NEWS, 0), (BEFORE_NEWS, 0), (ASKED, 0), (ASKED, 1)]
         self.shown = {
-            layer: ShownHead(crosslmm, layer, self.hidden)
-            for layer in (NEIGHBOUR, NEWS, BEFORE_NEWS, ASKED)
+            (layer, head): ShownHead(crosslmm, layer, head, self.hidden)
+            for layer, head in shown
             if layer < len(layers)
         }
 
@@ -135,7 +154,8 @@ class OrderGuide(nn.Module):
             self._frame_loss(NEIGHBOUR, packed, neighbour),
             self._frame_loss(NEWS, packed, news),
             self._frame_loss(BEFORE_NEWS, packed, neighbour.where(is_news, IGNORE)),
-            self._question_loss(packed, orders),
+            self._question_loss(packed, orders, head=0),
+            self._question_loss(packed, orders, head=1),
         ]
         return labels, torch.stack(looks).sum()
 
@@ -150,30 +170,31 @@ class OrderGuide(nn.Module):
 
     def _frame_loss(self, layer: int, packed: Packed, wanted: torch.Tensor) -> torch.Tensor:
         """Mean -log(share of attention on the wanted frame) of the last token of each frame."""
-        if layer not in self.shown or (wanted == IGNORE).all():
+        if (layer, 0) not in self.shown or (wanted == IGNORE).all():
             return torch.zeros(())
         per_frame = (packed.text_start - packed.video_start) // wanted.shape[1]
         rows = slice(packed.video_start + per_frame - 1, packed.text_start, per_frame)
-        found = self.shown[layer].attention(rows, packed, wanted.shape[1])
+        found = self.shown[layer, 0].attention(rows, packed, wanted.shape[1])
         logs = (found + 1e-4).log().flatten(0, 1)
         return F.nll_loss(logs, wanted.flatten().to(logs.device), ignore_index=IGNORE)
 
-    def _question_loss(self, packed: Packed, orders: list[Order]) -> torch.Tensor:
-        """The same of answers' tokens, where one frame is known to have the answer."""
+    def _question_loss(self, packed: Packed, orders: list[Order], head: int) -> torch.Tensor:
+        """The same of answers' tokens, for one of the two heads."""
         wanted = [
-            (row, column, frame)
+            (row, column, pair[head])
             for row, (spans, order) in enumerate(zip(packed.spans, orders, strict=True))
             for qa, start, end in spans
-            for frame, part in zip(
-                order.knowing(qa), self._parts(packed.input_ids[row], start, end), strict=False
+            for pair, part in zip(
+                order.asked(qa), self._parts(packed.input_ids[row], start, end), strict=False
             )
             for column in part
+            if pair[head] != IGNORE
         ]
-        if ASKED not in self.shown or not wanted:
+        if (ASKED, head) not in self.shown or not wanted:
             return torch.zeros(())
         rows, columns, frames = torch.tensor(wanted).T
         text = slice(packed.text_start, None)
-        found = self.shown[ASKED].attention(text, packed, len(orders[0].event))
+        found = self.shown[ASKED, head].attention(text, packed, len(orders[0].event))
         # The column before a token predicts it.
         return -(found[rows, columns - 1 - packed.text_start, frames] + 1e-4).log().mean()
 
