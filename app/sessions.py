@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from hmac import compare_digest
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from app.choices import Choices
 from app.disk import Disk
@@ -100,31 +100,30 @@ class Session:
         """Keep the attention of `most` answers of the visit: that of a long one fills megabytes.
 
         Those about the current video come first, then those about the latest of the others. Of
-        answers that are not the last about their video, only sums of costs are shown.
+        answers that are not the last about their video, only sums of costs are shown. All about
+        one video share its pictures.
         """
         kept = 0
         for turns in self.conversations():
-            after: Turn | None = None
+            after: Answer | None = None
             for turn in reversed(turns):
                 if turn.result is None:
                     continue
                 kept += turn.result.attention is not None
-                if turn.result.attention is not None and kept > most:
-                    turn.result = replace(turn.result, attention=None)
-                if after is not None and turn.result.savings.crosslmm.curve:
-                    savings = turn.result.savings.without_curves()
-                    turn.result = replace(turn.result, savings=savings)
-                after = turn
+                turn.result = after = _thinned(turn.result, kept > most, after)
 
     def map_bytes(self) -> int:
         """Bytes of the attention that is kept."""
-        found = {
-            id(attention): attention.nbytes
+        found = [
+            turn.result.attention
             for turns in self.conversations()
             for turn in turns
-            if turn.result is not None and (attention := turn.result.attention) is not None
-        }
-        return sum(found.values())
+            if turn.result is not None and turn.result.attention is not None
+        ]
+        pictures = {id(one.pictures): one.pictures for one in found}
+        return sum(one.nbytes for one in found) + sum(
+            len(jpeg) for shared in pictures.values() for jpeg in shared
+        )
 
     def begin_anew(self) -> None:
         """Forget the conversation about the current video."""
@@ -142,6 +141,21 @@ class Session:
             return False
         job.cancel()
         return True
+
+
+def _thinned(answer: Answer, drop: bool, after: Answer | None) -> Answer:
+    """An answer without its maps, or with the pictures of the next one about the same video."""
+    changes: dict[str, Any] = {}
+    if after is not None and answer.savings.crosslmm.curve:
+        changes["savings"] = answer.savings.without_curves()
+    attention = answer.attention
+    if attention is not None and drop:
+        changes["attention"] = None
+    elif attention is not None and after is not None and after.attention is not None:
+        pictures = after.attention.pictures
+        if attention.pictures is not pictures and attention.pictures == pictures:
+            changes["attention"] = replace(attention, pictures=pictures)
+    return replace(answer, **changes) if changes else answer
 
 
 class Sessions:

@@ -340,12 +340,12 @@ class AttentionSummary:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of maps and pictures."""
-        pictures = (*self.pictures, *(frame.jpeg for frame in self.frames))
+        """Bytes of maps and of the strongest frames, without `pictures`."""
         arrays = [self.t2v, *(frame.patches for frame in self.frames)]
         for one in self.maps:
             arrays += [one.words, one.heads, one.both, one.patches]
-        return sum(map(len, pictures)) + sum(a.nbytes for a in arrays if a is not None)
+        jpegs = sum(len(frame.jpeg) for frame in self.frames)
+        return jpegs + sum(a.nbytes for a in arrays if a is not None)
 
     def map(self, kind: MapKind) -> AttentionMap | None:
         """The map of a kind, where there is one."""

@@ -42,7 +42,8 @@ def added(sessions: Sessions, videos: dict[str, Path]) -> tuple[Session, Video]:
 class Maps:
     """What these tests need of an answer's attention."""
 
-    nbytes: int = 1000
+    nbytes: int = 700
+    pictures: tuple[bytes, ...] = dataclasses.field(default_factory=lambda: (bytes(300),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,20 @@ def test_costs_at_other_lengths_are_kept_of_the_last_answer_only(
     told = [turn.result.savings for turn in session.turns]
     assert [bool(one.crosslmm.curve) for one in told] == [False, False, True]
     assert all(one.without_curves() == SAVINGS.without_curves() for one in told)
+
+
+def test_answers_about_one_video_share_its_pictures(added: tuple[Session, Video]) -> None:
+    session, _ = added
+    ask(session, 3)
+    other = Result(Maps(pictures=(bytes(200),)))  # fewer frames were asked for
+    session.turns[1].result = other
+    assert session.map_bytes() == 3 * 700 + 2 * 300 + 200
+    session.turns[1], session.turns[0] = session.turns[0], session.turns[1]
+    session.thin_out(4)
+    first, *same = (turn.result.attention.pictures for turn in session.turns)
+    assert same[0] is same[1] and first == (bytes(200),)
+    assert session.map_bytes() == 3 * 700 + 300 + 200
+    assert session.turns[0].result.attention is other.attention
 
 
 @pytest.mark.parametrize(
