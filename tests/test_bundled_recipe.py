@@ -137,6 +137,7 @@ def test_visual_tokens_are_asked_what_came_last_and_what_before_it() -> None:
     cat, owl, bee = (NOUN_IDS[noun] for noun in ("cat", "owl", "bee"))
     assert order.labels(0)[::3].tolist() == [0, cat, cat, owl, IGNORE, bee]
     assert order.labels(1)[::3].tolist() == [0, 0, 0, cat, IGNORE, IGNORE]
+    assert order.crowded[::3].tolist() == [False, False, False, False, True, False]
     assert order.news[::3].tolist() == [IGNORE, 3, 3, 9, 12, 15]
     asked = {  # where its object comes in, and where the next one does
         ("when", "When does the cat appear?"): [(3, 9)],

@@ -43,6 +43,7 @@ class Order:
     ids: torch.Tensor  # (E,) of the objects in the order they came; IGNORE: not alone
     arrival: torch.Tensor  # (E,) index of the first frame that shows it
     event: torch.Tensor  # (T,) index of the last object to come; -1: nothing yet
+    crowded: torch.Tensor  # (T,) bool: several kinds of object are to be seen
 
     @classmethod
     def of(cls, video: Video) -> Order:
@@ -54,6 +55,7 @@ class Order:
             torch.tensor(ids, dtype=torch.long),
             torch.from_numpy(np.searchsorted(video.times, firsts)),
             torch.from_numpy(np.searchsorted(firsts, video.times, side="right")) - 1,
+            torch.tensor([sum(t in one.seen for one in came) > 1 for t in video.times.tolist()]),
         )
 
     @property
@@ -145,8 +147,11 @@ class OrderGuide(nn.Module):
         places = torch.arange(news.shape[1]).expand_as(news)
         is_news = news == places
         latest, previous = (torch.stack([o.labels(back) for o in orders]) for back in (0, 1))
+        # Crowded frames are few and hard: what is new must be told from what was there before.
+        crowded = torch.stack([order.crowded for order in orders])
         labels = (
-            self.label_loss("latest", packed, latest)
+            self.label_loss("latest", packed, latest.where(~crowded, IGNORE))
+            + self.label_loss("latest", packed, latest.where(crowded, IGNORE))
             + self.label_loss("previous", packed, previous.where(is_news, IGNORE))
         ) / 2
         neighbour = (places - 1).where(places > 0, IGNORE)
