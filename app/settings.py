@@ -121,6 +121,12 @@ class Settings:
         "of the one before and is not encoded again",
         "X",
     )
+    compile_encoder: bool = option(
+        False,
+        "model",
+        parse_flag,
+        "compile the image encoder while loading; on a CPU it never pays",
+    )
     device: str = option("auto", "model", str, "device that runs the model", "NAME")
     memory_budget: int = option(
         2 * 10**9, "model", parse_bytes, "memory for videos kept for more questions", "SIZE"
@@ -290,6 +296,7 @@ class Settings:
         optional = {"max_frames", "max_new_tokens", "pooled_grid", "port"}
         not_counted = {
             "repeat_threshold",
+            "compile_encoder",
             "share",
             "mcp",
             "max_restarts",

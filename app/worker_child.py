@@ -254,6 +254,7 @@ def load_engine(settings: Settings, **instead: Any) -> Any:
         "pooled_grid": settings.pooled_grid,
         "kv_precision": settings.kv_precision,
         "repeat_threshold": settings.repeat_threshold,
+        "compile_encoder": settings.compile_encoder,
     }
     return factory.load(settings.model, **given | instead)
 

@@ -18,7 +18,7 @@ import torch
 from model.attention_summary import summarize
 from model.decoded import Decoded
 from model.filmstrip import frames_read
-from model.frame_encoder import FrameEncoder
+from model.frame_encoder import FrameEncoder, compiled
 from model.frame_reader import CHUNK_FRAMES, read_ahead, read_chunks
 from model.generation import Generation
 from model.guards import LayerStop, free_memory, is_out_of_memory
@@ -116,17 +116,21 @@ class Engine:
         pooled_grid: int | None = None,
         kv_precision: str = "native",
         repeat_threshold: float = 0.0,
+        compile_encoder: bool = False,
     ) -> Engine:
         """Load a model (see `model.loading.load`) keeping `memory_budget` bytes of videos.
 
         Their T2V keys and values are held at `kv_precision`: `native`, `int8` or `int4`.
-        `repeat_threshold` is that of `model.frame_encoder.FrameEncoder`.
+        `repeat_threshold` is that of `model.frame_encoder.FrameEncoder`. `compile_encoder` compiles
+        the encoder now, for a minute or so, that it is quicker later: `tests.bench.encoder` tells.
         """
         if kv_precision not in PRECISIONS:
             raise InputError(
                 f"kv_precision must be one of {sorted(PRECISIONS)}, got {kv_precision!r}."
             )
         loaded = load(source, quantization=quantization, device=device, pooled_grid=pooled_grid)
+        if compile_encoder:
+            compiled(loaded.crosslmm.model, CHUNK_FRAMES)
         return cls(
             loaded,
             memory_budget=memory_budget,

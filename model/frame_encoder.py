@@ -61,3 +61,15 @@ class FrameEncoder:
         if self.threshold == 0:
             return torch.equal(picture, reference)
         return (picture - reference).abs().mean().item() <= self.threshold
+
+
+@torch.inference_mode()
+def compiled(model: CrossLMMModel, frames: int) -> CrossLMMModel:
+    """Compile the encoder's layers, for batches of `frames` and for those of any other size."""
+    model.vision_tower.encoder.compile()
+    weight = model.vision_tower.embeddings.patch_embedding.weight
+    side = model.config.vision_config.image_size
+    # The second size makes the compiler take the number of frames as a variable from then on.
+    for batch in (frames, frames - 1):
+        model.encode_frames(weight.new_zeros(batch, 3, side, side))
+    return model

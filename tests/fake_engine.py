@@ -97,6 +97,7 @@ class FakeEngine:
         pooled_grid: int | None = None,
         kv_precision: str = "native",
         repeat_threshold: float = 0.0,
+        compile_encoder: bool = False,
     ) -> FakeEngine:
         time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", "0")))
         if source == "missing":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+
 import pytest
 import torch
 
 from model.engine import Engine
-from model.frame_encoder import FrameEncoder
+from model.frame_encoder import FrameEncoder, compiled
 from model.types import Answer, AskRequest
 from tests.media import make_video
 from tests.tiny import tiny_frames, tiny_model
@@ -47,3 +50,15 @@ def test_the_engine_counts_repeats_of_a_still_video(tmp_path) -> None:
         if isinstance(event, Answer)
     ]
     assert answers[0].repeated_frames == len(answers[0].frame_times) - 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for a CPU with g++")
+def test_a_compiled_encoder_gives_the_same_features_for_any_number_of_frames() -> None:
+    plain = tiny_model().model
+    quick = compiled(copy.deepcopy(plain), frames=4)
+    assert quick.vision_tower.encoder._compiled_call_impl is not None
+    for count in (1, 3, 4, 7):
+        frames = tiny_frames(plain.config, 1, count)[0]
+        with torch.inference_mode():
+            wanted = plain.encode_frames(frames)
+            torch.testing.assert_close(quick.encode_frames(frames), wanted, atol=1e-4, rtol=1e-4)
