@@ -21,6 +21,7 @@ def test_command_line_wins_over_environment_over_default() -> None:
 def test_every_option_is_read_from_its_variable() -> None:
     read = {"auth": "a:b", "memory_budget": "1GB", "share": "1", "engine": "a:B", "port": "8000"}
     read |= {"quantization": "8bit", "kv_precision": "int8", "mcp": "yes", "worker": "zerogpu"}
+    read |= {"compile_encoder": "on"}
     read |= {"log_level": "debug", "heartbeat_seconds": "0.1", "max_upload_bytes": "5"}
     for one in dataclasses.fields(Settings):
         text = read.get(one.name, "7")
