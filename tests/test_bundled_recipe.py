@@ -21,7 +21,7 @@ from model.training.encoder import CLASSES, COUNT, CROP, crop, look_loss
 from model.training.guided_loss import GuidedLoss, right_answers
 from model.training.library import Video
 from model.training.masking import evidence_stretches, other_stretch
-from model.training.order_guide import Order, OrderGuide, ShownHead
+from model.training.order_guide import MOTIONS, Order, OrderGuide, ShownHead
 from model.training.outputs import Outputs
 from model.training.packing import IGNORE, Packed
 from model.training.release import EXAMPLES, KINDS_FILE, release
@@ -144,12 +144,24 @@ def test_visual_tokens_are_asked_what_came_last_and_what_before_it() -> None:
         ("count", "how many bees are there"): [(15, IGNORE)],
         ("after", "What comes after the owl?"): [(9, 12)],
         ("after", "What comes after the pig?"): [],  # not alone
+        ("direction", "Which way does the owl move?"): [(10, 12)],
         ("absent", "Is there a boat?"): [],
         ("outside", "Who are you?"): [],
         ("scenes", "What happens?"): [(IGNORE, 3), (IGNORE, 9), (IGNORE, 12), (IGNORE, 15)],
     }
     for (kind, question), wanted in asked.items():
         assert order.asked(QA(kind, question, "")) == wanted
+
+
+def test_motion_is_told_of_what_is_alone_and_was_there_a_frame_ago() -> None:
+    places = ((0.5, 0.5, 0.5, 0.5), (0.2, 0.5, 0.8, 0.6), (0.5, 0.8, 0.5, 0.3))
+    actors = [Actor("cat", 0.2, 0.2, *place, 0, 3) for place in places]
+    pair = (actors[1], Actor("owl", 0.2, 0.2, *places[0], 1, 3))
+    scenes = [Scene(3.0, GREY, shown) for shown in (*((one,) for one in actors), pair)]
+    for scene, wanted in zip(scenes, ("it stands still", "right", "up", None), strict=True):
+        motion = Order.of(Video((Placed(scene, 0.0),), np.arange(3) + 0.5, np.arange(3))).motion
+        known = IGNORE if wanted is None else MOTIONS.index(wanted)
+        assert motion.tolist() == [IGNORE, known, known]
 
 
 def test_a_video_without_objects_has_no_order() -> None:
@@ -219,11 +231,10 @@ def test_shown_heads_are_judged_by_their_share_on_what_they_are_to_look_at() -> 
         model(input_ids=packed.input_ids, position_ids=packed.position_ids)
         found = guide.loss(packed, [video])[1]
     # Of all columns so far; frame t is column t + 2.
-    neighbour = [1 / 4, 1 / 5, 1 / 6]  # of all frames but the first
+    neighbour = [1 / 4, 1 / 5, 1 / 6]  # of all frames but the first, in two layers
     news = [1 / 3, 1 / 4, 1 / 5, 1 / 6]  # the cat's first frame, then the owl's
-    before_news = [1 / 5]  # of the owl's first frame
     asked = [1 / 9, 1 / 10]  # of both tokens of the answer, and for two heads
-    looks = (neighbour, news, before_news, asked, asked)
+    looks = (neighbour, neighbour, news, asked, asked)
     means = [-(torch.tensor(x) + 1e-4).log().mean() for x in looks]
     torch.testing.assert_close(found, sum(means))
 

@@ -1,18 +1,21 @@
-"""An auxiliary loss on visual tokens: what came last, what came before that, and how to see it.
+"""An auxiliary loss on visual tokens: what came last, what before that, and how to see it.
 
 "What appears right before the cat?" needs every frame's tokens to know their object and the one
 before it. From answers alone this was not learnt (right in .1 to .4 of cases after 7,000 steps).
-Two linear heads, thrown away afterwards, ask the LLM's hidden states for it; what came before was
+Linear heads, thrown away afterwards, ask the LLM's hidden states for it; what came before was
 still not learnt from them (.4 of frames after 6,000 steps), because a frame must first find the
 right one among a hundred. So one head of self-attention in some layers is shown a way that takes a
 single step at a time: the frame before tells what is new here; the last frame with something new
-tells what came last; the frame before that one knew what had come last then.
+tells what came last; the frame before that one knew what had come last then. Where an object was a
+frame ago also tells which way it moves.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,16 +27,17 @@ from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training.library import Video
 from model.training.outputs import Outputs
 from model.training.packing import IGNORE, Packed
-from model.training.world_facts import NOUN_IDS, make_timeline
-from model.training.world_phrases import plural
+from model.training.world_facts import NOUN_IDS, Appearance, make_timeline
+from model.training.world_phrases import STILL, plural
 from model.training.world_questions import QA
 
 NAMES = {name: i for noun, i in NOUN_IDS.items() for name in (noun, plural(noun))}
+MOTIONS = (STILL, "left", "right", "up", "down")
 # Layers whose first head is shown where to look: frames at the frame before them, at the last one
-# with something new, and (only those with something new) at the frame before them again. In the
-# last of them a question's first head finds the frame in which its object comes in, and its second
-# head the frame in which the next one does.
-NEIGHBOUR, NEWS, BEFORE_NEWS, ASKED = 0, 1, 2, 4
+# with something new, and at the frame before them again, which knows more by then. In the last of
+# them a question's first head finds the frame in which its object comes in (the one after it when
+# it is about a movement), and its second head the frame in which the next one does.
+NEIGHBOUR, NEWS, NEIGHBOUR_AGAIN, ASKED = 0, 1, 2, 4
 
 
 @dataclass(frozen=True)
@@ -44,18 +48,21 @@ class Order:
     arrival: torch.Tensor  # (E,) index of the first frame that shows it
     event: torch.Tensor  # (T,) index of the last object to come; -1: nothing yet
     crowded: torch.Tensor  # (T,) bool: several kinds of object are to be seen
+    motion: torch.Tensor  # (T,) index in MOTIONS of the only object since the frame before; IGNORE
 
     @classmethod
     def of(cls, video: Video) -> Order:
         """That of the frames that were sampled."""
-        came = make_timeline(video.scenes, video.times.tolist()).appearances
+        times = video.times.tolist()
+        came = make_timeline(video.scenes, times).appearances
         firsts = [seen.first for seen in came]
         ids = [NOUN_IDS[one.noun] if firsts.count(one.first) == 1 else IGNORE for one in came]
         return cls(
             torch.tensor(ids, dtype=torch.long),
             torch.from_numpy(np.searchsorted(video.times, firsts)),
             torch.from_numpy(np.searchsorted(firsts, video.times, side="right")) - 1,
-            torch.tensor([sum(t in one.seen for one in came) > 1 for t in video.times.tolist()]),
+            torch.tensor([sum(t in one.seen for one in came) > 1 for t in times]),
+            torch.tensor([_motion(came, *pair) for pair in pairwise([-1.0, *times])]),
         )
 
     @property
@@ -79,7 +86,21 @@ class Order:
         if not found:
             return []
         frames = [*self.arrival.tolist(), IGNORE]
-        return [(frames[found[0]], frames[found[0] + 1])]
+        late = qa.kind == "direction" and len(self.motion) > frames[found[0]] + 1
+        return [(frames[found[0]] + late, frames[found[0] + 1])]
+
+
+def _motion(came: Sequence[Appearance], before: float, now: float) -> int:
+    here = [one for one in came if now in one.seen]
+    if len(here) != 1 or len(here[0].actors) != 1 or before not in here[0].seen:
+        return IGNORE
+    actor = here[0].actors[0]
+    right, down = actor.x1 - actor.x0, actor.y1 - actor.y0
+    if not actor.moves:
+        return MOTIONS.index(STILL)
+    if abs(right) > abs(down):
+        return MOTIONS.index("right" if right > 0 else "left")
+    return MOTIONS.index("down" if down > 0 else "up")
 
 
 def named(question: str) -> int:
@@ -119,7 +140,7 @@ class ShownHead:
 
 
 class OrderGuide(nn.Module):
-    """Heads on the hidden states of visual tokens, one layer for each of the two questions."""
+    """Heads on the hidden states of visual tokens, one layer for each of the three questions."""
 
     def __init__(self, crosslmm: CrossLMMForConditionalGeneration, comma: int) -> None:
         super().__init__()
@@ -127,13 +148,12 @@ class OrderGuide(nn.Module):
         layers = crosslmm.model.language_model.layers
         self.hidden = Outputs()
         # Text reads what is known here in the layers that follow, so the last ones are too late.
-        for name, layer in (("latest", 1), ("previous", len(layers) - 3)):
+        for name, layer in (("latest", 1), ("previous", -3), ("motion", -3)):
             self.hidden.watch(name, layers[layer])
-        width, classes = crosslmm.config.text_config.hidden_size, len(NOUN_IDS) + 1
-        self.heads = nn.ModuleDict(
-            {name: nn.Linear(width, classes) for name in ("latest", "previous")}
-        )
-        shown = [(NEIGHBOUR, 0), (NEWS, 0), (BEFORE_NEWS, 0), (ASKED, 0), (ASKED, 1)]
+        width, nouns = crosslmm.config.text_config.hidden_size, len(NOUN_IDS) + 1
+        classes = {"latest": nouns, "previous": nouns, "motion": len(MOTIONS)}
+        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in classes.items()})
+        shown = [(NEIGHBOUR, 0), (NEWS, 0), (NEIGHBOUR_AGAIN, 0), (ASKED, 0), (ASKED, 1)]
         self.shown = {
             (layer, head): ShownHead(crosslmm, layer, head, self.hidden)
             for layer, head in shown
@@ -141,7 +161,7 @@ class OrderGuide(nn.Module):
         }
 
     def loss(self, packed: Packed, videos: list[Video]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross-entropy of both heads, and that of the shown heads' attention, summed."""
+        """Cross-entropy of the linear heads, and that of the shown heads' attention."""
         orders = [Order.of(video) for video in videos]
         news = torch.stack([order.news for order in orders])
         places = torch.arange(news.shape[1]).expand_as(news)
@@ -153,12 +173,13 @@ class OrderGuide(nn.Module):
             self.label_loss("latest", packed, latest.where(~crowded, IGNORE))
             + self.label_loss("latest", packed, latest.where(crowded, IGNORE))
             + self.label_loss("previous", packed, previous.where(is_news, IGNORE))
+            + self.label_loss("motion", packed, torch.stack([o.motion for o in orders]))
         ) / 2
         neighbour = (places - 1).where(places > 0, IGNORE)
         looks = [
             self._frame_loss(NEIGHBOUR, packed, neighbour),
             self._frame_loss(NEWS, packed, news),
-            self._frame_loss(BEFORE_NEWS, packed, neighbour.where(is_news, IGNORE)),
+            self._frame_loss(NEIGHBOUR_AGAIN, packed, neighbour),
             self._question_loss(packed, orders, head=0),
             self._question_loss(packed, orders, head=1),
         ]
