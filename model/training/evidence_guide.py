@@ -29,10 +29,12 @@ class EvidenceGuide:
                 self.seen.watch((i, name), getattr(branch, name))
 
     def patches(self, qa: QA, video: Video) -> torch.Tensor:
-        """Patches that hold the evidence, (T * N,) bool."""
+        """Patches that hold the evidence of the answer itself, (T * N,) bool."""
         centres = (torch.arange(self.grid) + 0.5) / self.grid
         mask = torch.zeros(len(video.times), self.grid, self.grid, dtype=torch.bool)
         for evidence in qa.evidence:
+            if evidence.named:  # found by self-attention; a look at it here would hide the answer
+                continue
             times = torch.as_tensor(video.times)
             shown = (times >= evidence.start - 1e-6) & (times < evidence.end)
             left, top, right, bottom = evidence.box or (0, 0, 1, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.training.world import make_world, seeded
 from model.training.world_facts import Appearance, SignSeen, Timeline, make_timeline
@@ -53,11 +53,15 @@ _ABSENT_FORMS = (*_SIGN_FORMS, "when", "before", "after", "where", "direction")
 
 @dataclass(frozen=True)
 class Evidence:
-    """Where an answer is seen: seconds [start, end) of the video, and the box if there is one."""
+    """Where an answer is seen: seconds [start, end) of the video, and the box if there is one.
+
+    `named`: it shows what the question names, and the answer is something else.
+    """
 
     start: float
     end: float
     box: Box | None = None
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,8 @@ def _neighbours(step: int) -> Callable[[Timeline, random.Random], list[_Fact]]:
             # One answer only: a single object, and nothing else coming in with it.
             if len(other.actors) == 1 and firsts.count(other.first) == 1:
                 answer = with_article(other.noun)
-                found.append(_Fact(answer, seen.noun, evidence=_span(other) + _span(seen)))
+                beside = tuple(replace(one, named=True) for one in _span(seen))
+                found.append(_Fact(answer, seen.noun, evidence=_span(other) + beside))
         return found
 
     return facts
