@@ -44,7 +44,7 @@ SAMPLES: tuple[Sample, ...] = (
         "medium", "Two minutes", 900_001, 120, 1.0, ("colour", "where", "word", "when", "number")
     ),
     Sample(
-        "long", "Five minutes", 900_007, 320, 2.5, ("where", "colour", "word", "when", "number")
+        "long", "Five minutes", 900_007, 320, 2.5, ("where", "colour", "word", "number", "when")
     ),
 )
 
