@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,10 +38,13 @@ EXAMPLES = {
 }
 
 
-def release(source: Path, target: Path, show: list[str] | None = None) -> None:
+def release(
+    source: Path, target: Path, show: list[str] | None = None, unsure: Sequence[str] = ()
+) -> None:
     """Write `target` from the model folder `source` of a run.
 
-    `show` are the kinds of question that the page suggests, all that it was trained on when None.
+    `show` are the kinds of question that the page suggests, all that it was trained on when None;
+    `unsure` those that it was trained on and mostly gets wrong, as its model card says.
     """
     kinds = json.loads((source / KINDS_FILE).read_text())
     crosslmm = CrossLMMForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
@@ -50,6 +54,7 @@ def release(source: Path, target: Path, show: list[str] | None = None) -> None:
         "name": NAME,
         "note": NOTE,
         "kinds": kinds,
+        "unsure": [kind for kind in kinds if kind in unsure],
         "examples": [EXAMPLES[kind] for kind in show or kinds if kind in EXAMPLES],
     }
     (target / "card.json").write_text(json.dumps(card, indent=1) + "\n")
@@ -75,8 +80,11 @@ def main() -> None:
     parser.add_argument(
         "--show", nargs="+", choices=sorted(EXAMPLES), help="kinds that the page suggests"
     )
+    parser.add_argument(
+        "--unsure", nargs="+", default=(), choices=sorted(EXAMPLES), help="kinds it gets wrong"
+    )
     args = parser.parse_args()
-    release(args.source, args.target, args.show)
+    release(args.source, args.target, args.show, args.unsure)
 
 
 if __name__ == "__main__":
