@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +56,8 @@ def ask(engine: Engine, path: Path, question: str, **settings: object) -> Answer
     return answer
 
 
-def known_kinds(engine: Engine) -> list[str]:
-    """Without those that it mostly gets wrong: what is guessed changes with any rounding."""
-    card = json.loads((engine.folder / "card.json").read_text())
-    return [kind for kind in card["kinds"] if kind not in card["unsure"]]
+def card(engine: Engine) -> dict[str, list[str]]:
+    return json.loads((engine.folder / "card.json").read_text())
 
 
 def test_a_turn_has_all_its_parts(engine: Engine, film: Path) -> None:
@@ -99,7 +98,7 @@ def test_held_out_worlds_are_answered_through_real_files(
     engine: Engine, world: World, film: Path
 ) -> None:
     times = ask(engine, film, "Is there a cat?").frame_times.tolist()
-    asked = questions(world, seeded("bundled", 1), known_kinds(engine), times)
+    asked = questions(world, seeded("bundled", 1), card(engine)["kinds"], times)
     right = [ask(engine, film, qa.question).text == qa.answer for qa in asked]
     assert len(right) >= 10
     assert np.mean(right) > 0.5  # the model card has the figure; this only notices a broken model
@@ -152,7 +151,7 @@ def test_control_tokens_and_markup_in_a_question_are_text(engine: Engine, film: 
 
 
 def memories(engine: Engine, precision: str) -> list[tuple[VideoMemory, list[QA]]]:
-    kinds, built = known_kinds(engine), []
+    kinds, built = card(engine)["kinds"], []
     prefix, _ = engine.processor.prompt_ids("?")
     for seed in WORLDS:
         scene_world = make_world(seed, FRAMES)
@@ -164,9 +163,9 @@ def memories(engine: Engine, precision: str) -> list[tuple[VideoMemory, list[QA]
     return built
 
 
-def answers(engine: Engine, precision: str) -> tuple[list[str], list[torch.Tensor]]:
-    """Every answer's text and the logits of its first token."""
-    texts, logits = [], []
+def answers(engine: Engine, precision: str) -> tuple[list[str], list[torch.Tensor], list[str]]:
+    """Every answer's text, the logits of its first token, and the kind of its question."""
+    texts, logits, kinds = [], [], []
     for memory, asked in memories(engine, precision):
         for qa in asked:
             _, suffix = engine.processor.prompt_ids(qa.question)
@@ -182,11 +181,12 @@ def answers(engine: Engine, precision: str) -> tuple[list[str], list[torch.Tenso
                 )
             texts.append(engine.processor.tokenizer.decode(out.sequences[0, ids.shape[1] :]))
             logits.append(out.logits[0][0].float())
-    return texts, logits
+            kinds.append(qa.kind)
+    return texts, logits, kinds
 
 
 @pytest.fixture(scope="module")
-def whole(engine: Engine) -> tuple[list[str], list[torch.Tensor]]:
+def whole(engine: Engine) -> tuple[list[str], list[torch.Tensor], list[str]]:
     return answers(engine, "native")
 
 
@@ -202,7 +202,7 @@ def agreement(found: list[str], expected: list[str]) -> float:
 def test_a_smaller_memory_answers_alike(
     precision: str, error: float, same: float, engine: Engine, whole: tuple
 ) -> None:
-    texts, logits = answers(engine, precision)
+    texts, logits, _ = answers(engine, precision)
     relative = [((a - b).norm() / b.norm()).item() for a, b in zip(logits, whole[1], strict=True)]
     assert float(np.mean(relative)) < error
     assert agreement(texts, whole[0]) >= same
@@ -211,9 +211,13 @@ def test_a_smaller_memory_answers_alike(
 def test_nf4_on_a_cpu_answers_like_bf16(engine: Engine) -> None:
     reference = Engine.load(quantization="none")
     reference.crosslmm.to(torch.bfloat16)
-    expected, _ = answers(reference, "native")
-    texts, _ = answers(Engine.load(quantization="4bit"), "native")
-    assert agreement(texts, expected) >= 0.97
+    expected, _, kinds = answers(reference, "native")
+    texts, _, _ = answers(Engine.load(quantization="4bit"), "native")
+    assert agreement(texts, expected) >= 0.96
+    # What the model mostly guesses changes with any rounding; of what it knows, more must stay.
+    sure = [kind not in card(reference)["unsure"] for kind in kinds]
+    known, same = (list(compress(said, sure)) for said in (texts, expected))
+    assert agreement(known, same) >= 0.97
 
 
 # The command line.
