@@ -376,7 +376,7 @@ class Engine:
         generation = Generation(
             self.crosslmm,
             self.processor.tokenizer,
-            memory.input_ids(suffix),
+            torch.tensor([suffix], device=self.crosslmm.device),
             memory.cache,
             request.max_new_tokens or self.crosslmm.generation_config.max_new_tokens or 128,
             stop,

@@ -83,6 +83,11 @@ class MapCapture:
         """Called by the T2V branch with (1, H, L, d)."""
         self.t2v_queries.setdefault(layer, []).append(query[0].detach())
 
+    def forget_last(self) -> None:
+        """Remove what the last forward pass of text left."""
+        for parts in (*self.t2v_queries.values(), *self.self_queries.values(), self.rotary):
+            del parts[-1:]
+
     def add_v2v(
         self,
         layer: int,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import DynamicCache
 
+from model.decoding import ROOM, RoomyLayer
 from model.dual_cross_attention import VisualState
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class VideoMemory:
         self.times: list[float] = []
         self.finished = False
         self.cache = DynamicCache(config=self.config.text_config)
+        self.cache.layers = [RoomyLayer() for _ in self.cache.layers]
         self.cache.visual = self.state = VisualState(
             self.config.original_tokens_per_frame,
             precision=precision,
@@ -162,12 +164,8 @@ class VideoMemory:
         """
         if not self.finished:
             raise ValueError("call finish() before asking")
-        self.rollback()
-        if copies > 1:
-            for layer in self.cache.layers:
-                layer.keys, layer.values = (
-                    x.expand(copies, -1, -1, -1) for x in (layer.keys, layer.values)
-                )
+        for layer, pair in zip(self.cache.layers, self._kept, strict=True):
+            layer.replace(*(x.expand(copies, -1, -1, -1) for x in pair), room=ROOM)
         self.state.capture, self.state.t2v_open = capture, t2v
         try:
             yield self.cache
@@ -177,8 +175,8 @@ class VideoMemory:
 
     def rollback(self) -> None:
         """Forget all text after the video. The kept tensors are never written to."""
-        for layer, (keys, values) in zip(self.cache.layers, self._kept, strict=True):
-            layer.keys, layer.values = keys, values
+        for layer, pair in zip(self.cache.layers, self._kept, strict=True):
+            layer.replace(*pair, room=0)
 
     def to(self, device: str | torch.device) -> VideoMemory:
         """Move everything that is kept (to make room on a GPU, or to come back)."""
