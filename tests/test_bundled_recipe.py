@@ -13,15 +13,18 @@ import torch
 from transformers import PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 
 from model.loading import load
+from model.map_capture import MapCapture
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training import bundled
 from model.training.bundled import Trainer
 from model.training.curriculum import FIRST, LEVELS, Curriculum
 from model.training.encoder import CLASSES, COUNT, CROP, crop, look_loss
+from model.training.evidence_guide import patches_in
 from model.training.guided_loss import GuidedLoss, right_answers
 from model.training.library import Video
 from model.training.masking import evidence_stretches, other_stretch
-from model.training.order_guide import MOTIONS, Order, OrderGuide, ShownHead
+from model.training.order import FAR, MOTIONS, NOWHERE, Order
+from model.training.order_guide import OrderGuide, ShownHead
 from model.training.outputs import Outputs
 from model.training.packing import IGNORE, Packed
 from model.training.release import EXAMPLES, KINDS_FILE, release
@@ -31,7 +34,8 @@ from model.training.world_facts import LONGEST_SIGN, NOUN_IDS, SIGN_CHARACTERS
 from model.training.world_parts import Actor, Background, Placed, Scene
 from model.training.world_questions import QA, Evidence, all_texts
 from model.types import InputError
-from tests.tiny import tiny_model
+from model.video_memory import VideoMemory
+from tests.tiny import tiny_frames, tiny_model
 
 SIDE, PATCH = 112, 8
 GRID = SIDE // PATCH
@@ -139,29 +143,42 @@ def test_visual_tokens_are_asked_what_came_last_and_what_before_it() -> None:
     assert order.labels(1)[::3].tolist() == [0, 0, 0, cat, IGNORE, IGNORE]
     assert order.crowded[::3].tolist() == [False, False, False, False, True, False]
     assert order.news[::3].tolist() == [IGNORE, 3, 3, 9, 12, 15]
-    asked = {  # where its object comes in, and where the next one does
-        ("when", "When does the cat appear?"): [(3, 9)],
-        ("count", "how many bees are there"): [(15, IGNORE)],
-        ("after", "What comes after the owl?"): [(9, 12)],
+    asked = {  # of the three heads: where an object comes in, or what the one is needed for
+        ("when", "When does the cat appear?"): [(3, IGNORE, IGNORE)],
+        ("count", "how many bees are there"): [(NOWHERE, NOWHERE, 15)],
+        ("before", "What comes before the bee?"): [(15, NOWHERE, NOWHERE)],
+        ("after", "What comes after the owl?"): [(NOWHERE, 12, NOWHERE)],
+        ("after", "What comes after the bee?"): [(NOWHERE, IGNORE, NOWHERE)],
         ("after", "What comes after the pig?"): [],  # not alone
-        ("direction", "Which way does the owl move?"): [(10, 12)],
+        ("direction", "Which way does the owl move?"): [(NOWHERE, NOWHERE, 11)],
         ("absent", "Is there a boat?"): [],
         ("outside", "Who are you?"): [],
-        ("scenes", "What happens?"): [(IGNORE, 3), (IGNORE, 9), (IGNORE, 12), (IGNORE, 15)],
+        ("scenes", "What happens?"): [(NOWHERE, frame, frame) for frame in (3, 9, 12, 15)],
     }
     for (kind, question), wanted in asked.items():
         assert order.asked(QA(kind, question, "")) == wanted
 
 
-def test_motion_is_told_of_what_is_alone_and_was_there_a_frame_ago() -> None:
-    places = ((0.5, 0.5, 0.5, 0.5), (0.2, 0.5, 0.8, 0.6), (0.5, 0.8, 0.5, 0.3))
-    actors = [Actor("cat", 0.2, 0.2, *place, 0, 3) for place in places]
-    pair = (actors[1], Actor("owl", 0.2, 0.2, *places[0], 1, 3))
-    scenes = [Scene(3.0, GREY, shown) for shown in (*((one,) for one in actors), pair)]
-    for scene, wanted in zip(scenes, ("it stands still", "right", "up", None), strict=True):
-        motion = Order.of(Video((Placed(scene, 0.0),), np.arange(3) + 0.5, np.arange(3))).motion
-        known = IGNORE if wanted is None else MOTIONS.index(wanted)
-        assert motion.tolist() == [IGNORE, known, known]
+def test_frames_know_how_their_only_object_moved_and_how_many_there_are() -> None:
+    ways = ((0.5, 0.5, 0.5, 0.5), (0.2, 0.5, 0.8, 0.6), (0.5, 0.8, 0.5, 0.3))
+    actors = [Actor("cat", 0.2, 0.2, *way, 0, 3) for way in ways]
+    creeping = Actor("cat", 0.2, 0.2, 0.5, 0.5, 0.5 + 2.5 * FAR, 0.5, 0, 3)
+    pair = (actors[1], Actor("owl", 0.2, 0.2, *ways[0], 1, 3))
+    twins = (actors[0], Actor("cat", 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0, 3))
+    shown = {
+        (actors[0],): (["it stands still"] * 2, [1, 1, 1]),
+        (actors[1],): (["right"] * 2, [1, 1, 1]),
+        (actors[2],): (["up"] * 2, [1, 1, 1]),
+        (creeping,): ([None, "right"], [1, 1, 1]),  # too little in the first second
+        pair: ([None] * 2, [1, IGNORE, IGNORE]),
+        twins: ([None] * 2, [2, 2, 2]),
+    }
+    for things, (moves, copies) in shown.items():
+        scene = Scene(3.0, GREY, things)
+        order = Order.of(Video((Placed(scene, 0.0),), np.arange(3) + 0.5, np.arange(3)))
+        known = [IGNORE if move is None else MOTIONS.index(move) for move in moves]
+        assert order.motion.tolist() == [IGNORE, *known]
+        assert order.copies.tolist() == copies
 
 
 def test_a_video_without_objects_has_no_order() -> None:
@@ -175,8 +192,9 @@ def test_a_video_without_objects_has_no_order() -> None:
 def test_attention_of_a_shown_head_is_that_of_transformers() -> None:
     model = tiny_model(attn_implementation="eager")
     seen = Outputs()
-    head, weights = ShownHead(model, 1, 3, seen), []
+    head, weights, outputs = ShownHead(model, 1, 3, seen), [], []
     layer = model.model.language_model.layers[1].self_attn
+    layer.o_proj.register_forward_pre_hook(lambda module, args: outputs.append(args[0]))
     layer.register_forward_hook(lambda module, args, output: weights.append(output[1]))
     ids = torch.randint(5, 50, (2, 9))
     places = torch.arange(9).expand(2, -1) + torch.tensor([[0], [3]])
@@ -184,9 +202,10 @@ def test_attention_of_a_shown_head_is_that_of_transformers() -> None:
         model(input_ids=ids, position_ids=places)
     causal = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
     packed = Packed(ids, causal, places, *[None] * 2, video_start=2, text_start=6, spans=[])
-    found = head.attention(slice(5, 9, 3), packed, frames=2)  # two frames of two tokens
+    shares, read = head.attention(slice(5, 9, 3), packed, frames=2)  # two frames of two tokens
     wanted = weights[0][:, 3, 5:9:3, 2:6].unflatten(-1, (2, 2)).sum(-1)
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(shares, wanted)
+    torch.testing.assert_close(read, outputs[0].unflatten(-1, (4, -1))[:, 5:9:3, 3])
 
 
 def test_order_is_read_from_the_last_token_of_each_frame() -> None:
@@ -213,6 +232,7 @@ def test_shown_heads_are_judged_by_their_share_on_what_they_are_to_look_at() -> 
         for part in layer.self_attn.q_proj.parameters():
             part.data.zero_()  # every token looks at all before it alike
     guide = OrderGuide(model, comma=7)
+    guide.looks = []  # a test of its own follows
     scenes = [Scene(2.0, GREY, (Actor(noun, *[0.3] * 6, 0, 2),)) for noun in ("cat", "owl")]
     placed = tuple(Placed(scene, 2.0 * i) for i, scene in enumerate(scenes))
     video = Video(placed, np.arange(4) + 0.5, np.arange(4))
@@ -230,13 +250,60 @@ def test_shown_heads_are_judged_by_their_share_on_what_they_are_to_look_at() -> 
     with torch.no_grad():
         model(input_ids=packed.input_ids, position_ids=packed.position_ids)
         found = guide.loss(packed, [video])[1]
+        reader = guide.readers["latest"]
+        reader.weight.zero_()
+        reader.bias.zero_()[NOUN_IDS["owl"]] = 9.0  # certain of the answer
+        order = Order.of(video)
+        latest, previous = order.labels(0)[None], order.labels(1)[None]
+        _, right = guide.question_loss(packed, [order], 1, {"latest": latest})
+        _, wrong = guide.question_loss(packed, [order], 1, {"latest": previous})
+        _, unread = guide.question_loss(packed, [order], 0, {"previous": previous})
+    assert right < 0.1 and wrong > 5 and unread == 0
     # Of all columns so far; frame t is column t + 2.
     neighbour = [1 / 4, 1 / 5, 1 / 6]  # of all frames but the first, in two layers
     news = [1 / 3, 1 / 4, 1 / 5, 1 / 6]  # the cat's first frame, then the owl's
-    asked = [1 / 9, 1 / 10]  # of both tokens of the answer, and for two heads
-    looks = (neighbour, neighbour, news, asked, asked)
+    asked, away = [1 / 9, 1 / 10], [5 / 9, 6 / 10]  # both tokens of the answer: one head, and two
+    looks = (neighbour, neighbour, news, asked, away, away)
     means = [-(torch.tensor(x) + 1e-4).log().mean() for x in looks]
     torch.testing.assert_close(found, sum(means))
+
+
+def test_looks_at_what_came_last_are_those_that_the_page_shows() -> None:
+    crosslmm = tiny_model(pooled_grid=1)
+    guide, frames = OrderGuide(crosslmm, comma=0), 3
+    capture = MapCapture(v2v=True)
+    memory = VideoMemory(crosslmm, capture=capture)
+    with torch.no_grad():
+        memory.append(tiny_frames(crosslmm.config, 1, frames)[0], torch.arange(frames).float())
+    wanted = torch.rand(1, frames, 36, generator=torch.Generator().manual_seed(0)) > 0.7
+    for look in guide.looks:
+        (shown,) = capture.v2v_patches[look.layer]  # (n, H, N)
+        mass = (shown[:, 0].float() * wanted[0]).sum(-1)
+        torch.testing.assert_close(look.mass(wanted)[0], mass, atol=2e-3, rtol=0)
+    assert [look.layer for look in guide.looks] == [0, 2]
+
+
+def test_looks_are_judged_on_the_newest_object_of_a_frame() -> None:
+    def thing(noun: str, place: float, start: int) -> Actor:
+        return Actor(noun, 0.3, 0.3, *[place] * 4, start, 3)
+
+    scene = Scene(3.0, GREY, (thing("cat", 0.2, 0), thing("owl", 0.8, 1)))
+    video = Video((Placed(scene, 0.0),), np.arange(3) + 0.5, np.arange(3))
+    order = Order.of(video)
+    (cat,), (owl,), _ = order.boxes
+    assert cat[2] < 0.5 < owl[0]
+    guide = OrderGuide(tiny_model(pooled_grid=1), comma=0)
+    wanted = torch.stack([patches_in(boxes, 6).flatten() for boxes in order.boxes])
+    assert wanted.sum(1).tolist() == [4, 4, 4] and wanted[0].nonzero()[0] == 0
+    for look in guide.looks:
+        look.mass = lambda patches: patches.float().mean(-1)
+    torch.testing.assert_close(
+        guide.object_loss([order], None), -2 * torch.tensor(4 / 36 + 1e-4).log()
+    )
+    kept = torch.tensor([[[0, 1], [0, 1], [34, 35]]])  # the owl's frames: one has none of it
+    torch.testing.assert_close(
+        guide.object_loss([order], kept), -2 * torch.tensor(1 + 1e-4).log(), atol=1e-3, rtol=0
+    )
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,7 @@ WHOLE_FROM = 0.8  # of the training time: from here on every patch is in the mem
 VARIED_FROM = 12  # frames at which "when" is good: then videos start late and are sampled thinly
 INTERVALS = (1, 1, 1, 2, 3, 5, 7)  # seconds between sampled frames, once "when" works
 WEIGHT_DECAY = 0.05
+HEADS_RATE = 4  # times the learning rate: what a linear head has not found, it cannot teach
 HELD_OUT_SCENES = 400  # the library's last scenes are never trained on
 
 
@@ -208,7 +209,8 @@ class Trainer(Updates):
         self.crosslmm.model.vision_tower.requires_grad_(False)
         rates = dict.fromkeys(STAGES["2"].rates, self.args.learning_rate)
         groups = parameter_groups(self.crosslmm, rates, WEIGHT_DECAY)
-        groups.append({"params": list(loss.order.parameters()), "lr": self.args.learning_rate})
+        rate = HEADS_RATE * self.args.learning_rate
+        groups.append({"params": list(loss.order.parameters()), "lr": rate})
         self.prepare(loss, groups, betas=(0.9, 0.98))
         self.guided = self.accelerator.unwrap_model(self.loss)
         self.progress = RecipeProgress(self.curriculum)

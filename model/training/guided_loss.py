@@ -18,7 +18,7 @@ Right = list[tuple[QA, bool]]
 
 
 class GuidedLoss(AnswerLoss):
-    """Cross-entropy of answers' tokens, summed, and two guides; leaves what it found in `found`.
+    """Cross-entropy of answers' tokens, summed, and two guides; leaves which are right in `right`.
 
     `weight` is that of the guides, `keep` the share of patches that stay in the memory: most of a
     step's cost is their keys and values, and most of them show background. `comma`: the id of the
@@ -43,7 +43,7 @@ class GuidedLoss(AnswerLoss):
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         if self.training and self.weight:
             off = self.evidence.loss(batch["packed"], batch["videos"], self.kept)
-            unknown, lost = self.order.loss(batch["packed"], batch["videos"])
+            unknown, lost = self.order.loss(batch["packed"], batch["videos"], self.kept)
             self.astray, self.disorder, self.lost = off.item(), unknown.item(), lost.item()
             loss = loss + len(targets) * self.weight * (off + unknown + lost)
         return loss

@@ -6,108 +6,34 @@ Linear heads, thrown away afterwards, ask the LLM's hidden states for it; what c
 still not learnt from them (.4 of frames after 6,000 steps), because a frame must first find the
 right one among a hundred. So one head of self-attention in some layers is shown a way that takes a
 single step at a time: the frame before tells what is new here; the last frame with something new
-tells what came last; the frame before that one knew what had come last then. Where an object was a
-frame ago also tells which way it moves.
+tells what came last, and where it was then, so which way it moves; the frame before that one knew
+what had come last then. Answers' tokens are shown where to read it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
+from model.training.evidence_guide import patches_in
 from model.training.library import Video
+from model.training.order import HEADS, MOST_COPIES, MOTIONS, READERS, Order
 from model.training.outputs import Outputs
 from model.training.packing import IGNORE, Packed
-from model.training.world_facts import NOUN_IDS, Appearance, make_timeline
-from model.training.world_phrases import STILL, plural
-from model.training.world_questions import QA
+from model.training.world_facts import NOUN_IDS
 
-NAMES = {name: i for noun, i in NOUN_IDS.items() for name in (noun, plural(noun))}
-MOTIONS = (STILL, "left", "right", "up", "down")
 # Layers whose first head is shown where to look: frames at the frame before them, at the last one
 # with something new, and at the frame before them again, which knows more by then. In the last of
-# them a question's first head finds the frame in which its object comes in (the one after it when
-# it is about a movement), and its second head the frame in which the next one does.
+# them the three heads of a question's answer read what `Order.asked` says, one each, and look away
+# where another reads: two names at once were often mixed up.
 NEIGHBOUR, NEWS, NEIGHBOUR_AGAIN, ASKED = 0, 1, 2, 4
-
-
-@dataclass(frozen=True)
-class Order:
-    """What came when, by the T frames of a video that were sampled."""
-
-    ids: torch.Tensor  # (E,) of the objects in the order they came; IGNORE: not alone
-    arrival: torch.Tensor  # (E,) index of the first frame that shows it
-    event: torch.Tensor  # (T,) index of the last object to come; -1: nothing yet
-    crowded: torch.Tensor  # (T,) bool: several kinds of object are to be seen
-    motion: torch.Tensor  # (T,) index in MOTIONS of the only object since the frame before; IGNORE
-
-    @classmethod
-    def of(cls, video: Video) -> Order:
-        """That of the frames that were sampled."""
-        times = video.times.tolist()
-        came = make_timeline(video.scenes, times).appearances
-        firsts = [seen.first for seen in came]
-        ids = [NOUN_IDS[one.noun] if firsts.count(one.first) == 1 else IGNORE for one in came]
-        return cls(
-            torch.tensor(ids, dtype=torch.long),
-            torch.from_numpy(np.searchsorted(video.times, firsts)),
-            torch.from_numpy(np.searchsorted(firsts, video.times, side="right")) - 1,
-            torch.tensor([sum(t in one.seen for one in came) > 1 for t in times]),
-            torch.tensor([_motion(came, *pair) for pair in pairwise([-1.0, *times])]),
-        )
-
-    @property
-    def news(self) -> torch.Tensor:
-        """Per frame: the last one, itself included, that shows something new; or IGNORE, (T,)."""
-        return torch.cat((torch.tensor([IGNORE]), self.arrival))[self.event + 1]
-
-    def labels(self, back: int) -> torch.Tensor:
-        """Id of the object that came last (`back` 0) or before it (1), (T,); 0: there is none."""
-        padded = torch.cat((torch.zeros(2, dtype=torch.long), self.ids))
-        return padded[self.event + 2 - back]
-
-    def asked(self, qa: QA) -> list[tuple[int, int]]:
-        """The frame in which the object of a question comes in, and that in which the next does.
-
-        IGNORE: none. A list of scenes has a pair for each of its parts: the second is its own.
-        """
-        if qa.kind == "scenes":
-            return [(IGNORE, frame) for frame in self.arrival.unique().tolist()]
-        found = (self.ids == named(qa.question)).nonzero().flatten().tolist()
-        if not found:
-            return []
-        frames = [*self.arrival.tolist(), IGNORE]
-        late = qa.kind == "direction" and len(self.motion) > frames[found[0]] + 1
-        return [(frames[found[0]] + late, frames[found[0] + 1])]
-
-
-def _motion(came: Sequence[Appearance], before: float, now: float) -> int:
-    here = [one for one in came if now in one.seen]
-    if len(here) != 1 or len(here[0].actors) != 1 or before not in here[0].seen:
-        return IGNORE
-    actor = here[0].actors[0]
-    right, down = actor.x1 - actor.x0, actor.y1 - actor.y0
-    if not actor.moves:
-        return MOTIONS.index(STILL)
-    if abs(right) > abs(down):
-        return MOTIONS.index("right" if right > 0 else "left")
-    return MOTIONS.index("down" if down > 0 else "up")
-
-
-def named(question: str) -> int:
-    """Id of the object that a question names; -1: of none."""
-    words = question.lower()
-    found = [noun for noun in NAMES if re.search(rf"\b{noun}\b", words)]
-    return NAMES[max(found, key=len)] if found else -1
+LOOKS = (0, 2)  # layers in which frames look at what came last, in themselves
+# Layers after which visual tokens are to know something. Text reads it in the layers that follow,
+# so the last ones would be too late.
+LAYERS = {"latest": 1, "copies": 1, "previous": -3, "motion": -3}
 
 
 class ShownHead:
@@ -120,69 +46,131 @@ class ShownHead:
         self.module, self.layer, self.seen = language_model.layers[layer].self_attn, layer, seen
         width = self.module.head_dim
         key_head = head // self.module.num_key_value_groups
-        self.columns = [slice(i * width, (i + 1) * width) for i in (head, key_head)]
+        self.columns = [slice(i * width, (i + 1) * width) for i in (head, key_head, key_head)]
         seen.watch("rotary", language_model.rotary_emb)
-        for name in ("q_proj", "k_proj"):
+        for name in ("q_proj", "k_proj", "v_proj"):
             seen.watch((layer, name), getattr(self.module, name))
 
-    def attention(self, rows: slice, packed: Packed, frames: int) -> torch.Tensor:
-        """Shares (B, L, T) of each frame, for queries of `rows`; the rest lies on text."""
-        query, key = (
+    def attention(
+        self, rows: slice, packed: Packed, frames: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shares (B, L, T) of each frame, for queries of `rows`; the rest lies on text.
+
+        And what is read there, (B, L, d).
+        """
+        query, key, value = (
             self.seen[self.layer, name][..., columns]
-            for name, columns in zip(("q_proj", "k_proj"), self.columns, strict=True)
+            for name, columns in zip(("q_proj", "k_proj", "v_proj"), self.columns, strict=True)
         )
         cos, sin = self.seen["rotary"]
         query, key = (x[:, 0] for x in apply_rotary_pos_emb(query[:, None], key[:, None], cos, sin))
         mask = packed.attention_mask[:, 0, rows].to(query.device)
         scores = (query[:, rows] @ key.mT).float() * self.module.scaling
         weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        return weights[..., packed.visual_columns()].unflatten(-1, (frames, -1)).sum(-1)
+        shares = weights[..., packed.visual_columns()].unflatten(-1, (frames, -1)).sum(-1)
+        return shares, weights.to(value.dtype) @ value
+
+
+class ShownLook:
+    """Where the first head of a layer's V2V branch looks in each frame, from its projections."""
+
+    def __init__(
+        self, crosslmm: CrossLMMForConditionalGeneration, layer: int, seen: Outputs
+    ) -> None:
+        self.branch = crosslmm.model.language_model.layers[layer].dual_cross_attention.v2v
+        self.layer, self.seen = layer, seen
+        for name in ("q_proj", "k_proj"):
+            seen.watch((layer, "v2v", name), getattr(self.branch, name))
+
+    def mass(self, wanted: torch.Tensor) -> torch.Tensor:
+        """Share of attention on wanted patches (B, T, N), mean over a frame's tokens, (B, T)."""
+        query, key = (
+            self.seen[self.layer, "v2v", name][..., : self.branch.head_dim]
+            for name in ("q_proj", "k_proj")
+        )
+        batch, frames, tokens = wanted.shape
+        query = query.reshape(batch, frames, -1, self.branch.head_dim)
+        key = key.reshape(batch, frames, tokens, self.branch.head_dim)
+        shares = ((query @ key.mT).float() * self.branch.scaling).softmax(-1)
+        return (shares * wanted.to(shares.device)[:, :, None]).sum(-1).mean(-1)
+
+
+def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Of (n, C) logits; 0 where there is nothing to judge."""
+    target = target.to(logits.device)
+    total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+    return total / (target != IGNORE).sum().clamp_min(1)
 
 
 class OrderGuide(nn.Module):
-    """Heads on the hidden states of visual tokens, one layer for each of the three questions."""
+    """Linear heads on the hidden states of visual tokens, and heads of attention that are shown."""
 
     def __init__(self, crosslmm: CrossLMMForConditionalGeneration, comma: int) -> None:
         super().__init__()
         self.comma = comma
         layers = crosslmm.model.language_model.layers
         self.hidden = Outputs()
-        # Text reads what is known here in the layers that follow, so the last ones are too late.
-        for name, layer in (("latest", 1), ("previous", -3), ("motion", -3)):
+        for name, layer in LAYERS.items():
             self.hidden.watch(name, layers[layer])
         width, nouns = crosslmm.config.text_config.hidden_size, len(NOUN_IDS) + 1
-        classes = {"latest": nouns, "previous": nouns, "motion": len(MOTIONS)}
-        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in classes.items()})
-        shown = [(NEIGHBOUR, 0), (NEWS, 0), (NEIGHBOUR_AGAIN, 0), (ASKED, 0), (ASKED, 1)]
+        sizes = {"latest": nouns, "previous": nouns}
+        sizes |= {"motion": len(MOTIONS), "copies": MOST_COPIES + 1}
+        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in sizes.items()})
+        head_dim = layers[0].self_attn.head_dim
+        self.readers = nn.ModuleDict({name: nn.Linear(head_dim, sizes[name]) for name in HEADS})
+        shown = [(NEIGHBOUR, 0), (NEWS, 0), (NEIGHBOUR_AGAIN, 0)]
+        shown += [(ASKED, head) for head in sorted(set(HEADS.values()))]
         self.shown = {
             (layer, head): ShownHead(crosslmm, layer, head, self.hidden)
             for layer, head in shown
-            if layer < len(layers)
+            if layer < len(layers) and head < crosslmm.config.text_config.num_attention_heads
         }
+        self.grid = crosslmm.config.original_grid
+        sees = crosslmm.config.v2v and crosslmm.config.v2v_scope == "frame"
+        self.looks = [
+            ShownLook(crosslmm, layer, self.hidden)
+            for layer in LOOKS
+            if sees and layer in crosslmm.config.dcal_layers
+        ]
 
-    def loss(self, packed: Packed, videos: list[Video]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy of the linear heads, and that of the shown heads' attention."""
+    def loss(
+        self, packed: Packed, videos: list[Video], kept: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of what is to be known of visual tokens, and that of the shown heads' attention.
+
+        `kept` (B, T, n): the patches in the memory, where not all are.
+        """
         orders = [Order.of(video) for video in videos]
         news = torch.stack([order.news for order in orders])
         places = torch.arange(news.shape[1]).expand_as(news)
-        is_news = news == places
-        latest, previous = (torch.stack([o.labels(back) for o in orders]) for back in (0, 1))
+        known = {
+            "latest": torch.stack([order.labels(0) for order in orders]),
+            "previous": torch.stack([order.labels(1) for order in orders]),
+            "motion": torch.stack([order.motion for order in orders]),
+            "copies": torch.stack([order.copies for order in orders]),
+        }
         # Crowded frames are few and hard: what is new must be told from what was there before.
         crowded = torch.stack([order.crowded for order in orders])
-        labels = (
-            self.label_loss("latest", packed, latest.where(~crowded, IGNORE))
-            + self.label_loss("latest", packed, latest.where(crowded, IGNORE))
-            + self.label_loss("previous", packed, previous.where(is_news, IGNORE))
-            + self.label_loss("motion", packed, torch.stack([o.motion for o in orders]))
-        ) / 2
+        wanted = [
+            ("latest", known["latest"].where(~crowded, IGNORE)),
+            ("latest", known["latest"].where(crowded, IGNORE)),
+            ("previous", known["previous"].where(news == places, IGNORE)),
+            ("motion", known["motion"]),
+            ("copies", known["copies"]),
+        ]
+        labels = sum(self.label_loss(name, packed, truth) for name, truth in wanted) / 2
         neighbour = (places - 1).where(places > 0, IGNORE)
         looks = [
-            self._frame_loss(NEIGHBOUR, packed, neighbour),
-            self._frame_loss(NEWS, packed, news),
-            self._frame_loss(NEIGHBOUR_AGAIN, packed, neighbour),
-            self._question_loss(packed, orders, head=0),
-            self._question_loss(packed, orders, head=1),
+            self.frame_loss(NEIGHBOUR, packed, neighbour),
+            self.frame_loss(NEWS, packed, news),
+            self.frame_loss(NEIGHBOUR_AGAIN, packed, neighbour),
         ]
+        for head in sorted(set(HEADS.values())):
+            read = {name: known[name] for name, reader in HEADS.items() if reader == head}
+            look, misread = self.question_loss(packed, orders, head, read)
+            looks.append(look)
+            labels = labels + misread
+        looks.append(self.object_loss(orders, kept))
         return labels, torch.stack(looks).sum()
 
     def label_loss(self, name: str, packed: Packed, wanted: torch.Tensor) -> torch.Tensor:
@@ -190,39 +178,66 @@ class OrderGuide(nn.Module):
         hidden = self.hidden[name][:, packed.visual_columns()]
         hidden = hidden.unflatten(1, (wanted.shape[1], -1))[:, :, -1]
         logits = self.heads[name](F.layer_norm(hidden.float(), hidden.shape[-1:])).flatten(0, 1)
-        target = wanted.flatten().to(logits.device)
-        total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
-        return total / (target != IGNORE).sum().clamp_min(1)
+        return _cross_entropy(logits, wanted.flatten())
 
-    def _frame_loss(self, layer: int, packed: Packed, wanted: torch.Tensor) -> torch.Tensor:
+    def frame_loss(self, layer: int, packed: Packed, wanted: torch.Tensor) -> torch.Tensor:
         """Mean -log(share of attention on the wanted frame) of the last token of each frame."""
         if (layer, 0) not in self.shown or (wanted == IGNORE).all():
             return torch.zeros(())
         per_frame = (packed.text_start - packed.video_start) // wanted.shape[1]
         rows = slice(packed.video_start + per_frame - 1, packed.text_start, per_frame)
-        found = self.shown[layer, 0].attention(rows, packed, wanted.shape[1])
+        found, _ = self.shown[layer, 0].attention(rows, packed, wanted.shape[1])
         logs = (found + 1e-4).log().flatten(0, 1)
         return F.nll_loss(logs, wanted.flatten().to(logs.device), ignore_index=IGNORE)
 
-    def _question_loss(self, packed: Packed, orders: list[Order], head: int) -> torch.Tensor:
-        """The same of answers' tokens, for one of the two heads."""
+    def question_loss(
+        self, packed: Packed, orders: list[Order], head: int, known: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of answers' tokens for one of the three heads, and the loss of what it reads.
+
+        `known` (B, T): the labels that it is to read, by name.
+        """
         wanted = [
-            (row, column, pair[head])
+            (row, column, frames[head], qa.kind)
             for row, (spans, order) in enumerate(zip(packed.spans, orders, strict=True))
             for qa, start, end in spans
-            for pair, part in zip(
+            for frames, part in zip(
                 order.asked(qa), self._parts(packed.input_ids[row], start, end), strict=False
             )
             for column in part
-            if pair[head] != IGNORE
+            if frames[head] != IGNORE
         ]
         if (ASKED, head) not in self.shown or not wanted:
-            return torch.zeros(())
-        rows, columns, frames = torch.tensor(wanted).T
-        text = slice(packed.text_start, None)
-        found = self.shown[ASKED, head].attention(text, packed, len(orders[0].event))
+            return torch.zeros(()), torch.zeros(())
+        *place, kinds = zip(*wanted, strict=True)
+        rows, columns, frames = map(torch.tensor, place)
+        text, count = slice(packed.text_start, None), len(orders[0].event)
+        shares, read = self.shown[ASKED, head].attention(text, packed, count)
         # The column before a token predicts it.
-        return -(found[rows, columns - 1 - packed.text_start, frames] + 1e-4).log().mean()
+        place = rows, columns - 1 - packed.text_start
+        shares = torch.cat((shares, 1 - shares.sum(-1, keepdim=True)), -1)  # NOWHERE is the last
+        misread = torch.zeros((), device=read.device)
+        for name, labels in known.items():
+            reads = torch.tensor([name in READERS.get(kind, ()) for kind in kinds])
+            target = labels[rows, frames].where(reads, IGNORE)
+            misread = misread + _cross_entropy(self.readers[name](read[place].float()), target)
+        return -(shares[(*place, frames)].clamp_min(0) + 1e-4).log().mean(), misread
+
+    def object_loss(self, orders: list[Order], kept: torch.Tensor | None) -> torch.Tensor:
+        """Mean -log(share of V2V attention on what came last), of the frames that show it."""
+        wanted = torch.stack(
+            [
+                torch.stack([patches_in(boxes, self.grid).flatten() for boxes in order.boxes])
+                for order in orders
+            ]
+        )
+        if kept is not None:
+            wanted = wanted.gather(2, kept.cpu())
+        shows = wanted.any(-1)
+        if not self.looks or not shows.any():
+            return torch.zeros(())
+        found = [look.mass(wanted)[shows.to(look.branch.gate.device)] for look in self.looks]
+        return torch.stack([-(mass + 1e-4).log().mean() for mass in found]).sum()
 
     def _parts(self, ids: torch.Tensor, start: int, end: int) -> list[range]:
         """Columns of an answer's parts, without commas and without its end."""

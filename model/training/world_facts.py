@@ -229,6 +229,13 @@ def _beside(scene: Scene, sign: Sign) -> tuple[tuple[str, ...], bool]:
     return beside, clear
 
 
+def heading(right: float, down: float) -> str:
+    """The direction of a way by its larger part."""
+    if abs(right) > abs(down):
+        return "right" if right > 0 else "left"
+    return "down" if down > 0 else "up"
+
+
 def _gap(first: Box, second: Box) -> float:
     """The distance between two boxes, in heights of a 16:9 picture."""
     across = max(first[0] - second[2], second[0] - first[2], 0.0) * 16 / 9

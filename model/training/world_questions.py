@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from model.training.world import make_world, seeded
-from model.training.world_facts import Appearance, SignSeen, Timeline, make_timeline
+from model.training.world_facts import Appearance, SignSeen, Timeline, heading, make_timeline
 from model.training.world_parts import NOUNS, Box, Placed, Scene, World
 from model.training.world_phrases import (
     NOTHING,
@@ -329,11 +329,7 @@ def _directions(timeline: Timeline, rng: random.Random) -> list[_Fact]:
         right, down = after[0] - before[0], after[1] - before[1]
         if max(abs(right), abs(down)) < 0.12:
             continue
-        if abs(right) > abs(down):
-            answer = "right" if right > 0 else "left"
-        else:
-            answer = "down" if down > 0 else "up"
-        facts.append(_Fact(answer, seen.noun, evidence=_span(seen)))
+        facts.append(_Fact(heading(right, down), seen.noun, evidence=_span(seen)))
     return facts
 
 
