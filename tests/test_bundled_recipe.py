@@ -19,7 +19,7 @@ from model.training import bundled
 from model.training.bundled import Trainer
 from model.training.curriculum import FIRST, LEVELS, Curriculum
 from model.training.encoder import CLASSES, COUNT, CROP, crop, look_loss
-from model.training.evidence_guide import patches_in
+from model.training.evidence_guide import EvidenceGuide, patches_in
 from model.training.guided_loss import GuidedLoss, right_answers
 from model.training.library import Video
 from model.training.masking import evidence_stretches, other_stretch
@@ -35,7 +35,7 @@ from model.training.world_parts import Actor, Background, Placed, Scene
 from model.training.world_questions import QA, Evidence, all_texts
 from model.types import InputError
 from model.video_memory import VideoMemory
-from tests.tiny import tiny_frames, tiny_model
+from tests.tiny import tiny_frames, tiny_inputs, tiny_model
 
 SIDE, PATCH = 112, 8
 GRID = SIDE // PATCH
@@ -157,6 +157,26 @@ def test_visual_tokens_are_asked_what_came_last_and_what_before_it() -> None:
     }
     for (kind, question), wanted in asked.items():
         assert order.asked(QA(kind, question, "")) == wanted
+
+
+def test_a_way_is_looked_for_in_its_first_frame_and_later_in_all() -> None:
+    model = tiny_model(pooled_grid=1, text={"num_hidden_layers": 6})
+    for layer in model.config.dcal_layers:
+        branch = model.model.language_model.layers[layer].dual_cross_attention.t2v
+        for weight in branch.q_proj.parameters():
+            weight.data.zero_()  # every patch of 4 x 36 is looked at alike
+    guide, inputs = EvidenceGuide(model), tiny_inputs(model.config, frames=4)
+    assert guide.layers == [2, 4]
+    with torch.no_grad():
+        model(**inputs)
+    video = Video((Placed(Scene(4.0, GREY), 0.0),), np.arange(4) + 0.5, np.arange(4))
+    evidence = (Evidence(1.0, 3.0, (0.0, 0.0, 1.0, 0.5)),)  # the upper half of two frames
+    parts = dict.fromkeys(("input_ids", "attention_mask", "position_ids", "labels", "frame_times"))
+    for kind, first in (("where", 36), ("direction", 18)):
+        spans = [[(QA(kind, "?", "up", evidence), 8, 10)]]
+        packed = Packed(**parts, video_start=2, text_start=6, spans=spans)
+        wanted = -(torch.tensor([first / 144, 36 / 144]) + 1e-4).log().mean()
+        torch.testing.assert_close(guide.loss(packed, [video]), wanted)
 
 
 def test_frames_know_how_their_only_object_moved_and_how_many_there_are() -> None:
