@@ -38,13 +38,13 @@ class Sample:
 
 SAMPLES: tuple[Sample, ...] = (
     Sample(
-        "short", "Forty seconds", 900_011, 40, 1.0, ("word", "where", "colour", "when", "number")
+        "short", "Forty seconds", 900_011, 40, 1.0, ("word", "before", "when", "number", "colour")
     ),
     Sample(
-        "medium", "Two minutes", 900_001, 120, 1.0, ("colour", "where", "word", "when", "number")
+        "medium", "Two minutes", 900_001, 120, 1.0, ("colour", "where", "before", "when", "number")
     ),
     Sample(
-        "long", "Five minutes", 900_007, 320, 2.5, ("where", "colour", "word", "number", "when")
+        "long", "Five minutes", 900_007, 320, 2.5, ("where", "colour", "after", "number", "word")
     ),
 )
 
