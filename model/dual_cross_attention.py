@@ -106,7 +106,7 @@ def attend(
         out = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
     else:
         out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=module.scaling)
-    return out.view_as(query)
+    return out.reshape(query.shape)  # GPU kernels lay rows out before heads, so this may copy
 
 
 def attend_store(query: torch.Tensor, store: KeyValueStore, scaling: float) -> torch.Tensor:

@@ -75,7 +75,7 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001 (PyTorch's)
         if func.overloadpacket._qualified_op_name.removeprefix("aten::") in WAITS:
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))

@@ -126,6 +126,17 @@ def test_formula_with_other_groups_of_heads(heads: int, kv_heads: int) -> None:
     check(tiny_config(text=text), "sdpa", [FRAMES] * BATCH)
 
 
+def test_formula_with_the_layout_of_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their output lies in memory as (B, L, H, d), whatever its shape says."""
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def laid_out(*args: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return kernel(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", laid_out)
+    check(tiny_config(), "sdpa", [FRAMES, 1, 3])
+
+
 def test_gates_start_closed_and_closed_gates_change_nothing() -> None:
     config = tiny_config()
     module = randomize(DualCrossAttention(config, 0), gate=None)
