@@ -24,10 +24,11 @@ from model.training.guided_loss import GuidedLoss, right_answers
 from model.training.library import Video
 from model.training.masking import evidence_stretches, other_stretch
 from model.training.order import FAR, MOTIONS, NOWHERE, Order
-from model.training.order_guide import OrderGuide, ShownHead
+from model.training.order_guide import OrderGuide
 from model.training.outputs import Outputs
 from model.training.packing import IGNORE, Packed
 from model.training.release import EXAMPLES, KINDS_FILE, release
+from model.training.shown import ShownHead
 from model.training.sign_crops import SignPainter
 from model.training.tokenizer import train_tokenizer
 from model.training.world_facts import LONGEST_SIGN, NOUN_IDS, SIGN_CHARACTERS

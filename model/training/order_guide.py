@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training.evidence_guide import patches_in
@@ -23,6 +22,7 @@ from model.training.library import Video
 from model.training.order import HEADS, MOST_COPIES, MOTIONS, READERS, Order
 from model.training.outputs import Outputs
 from model.training.packing import IGNORE, Packed
+from model.training.shown import ShownHead, ShownLook
 from model.training.world_facts import NOUN_IDS
 
 # Layers whose first head is shown where to look: frames at the frame before them, at the last one
@@ -34,65 +34,6 @@ LOOKS = (0, 2)  # layers in which frames look at what came last, in themselves
 # Layers after which visual tokens are to know something. Text reads it in the layers that follow,
 # so the last ones would be too late.
 LAYERS = {"latest": 1, "copies": 1, "previous": -3, "motion": -3}
-
-
-class ShownHead:
-    """Where a head of a layer's self-attention looks, from its projections."""
-
-    def __init__(
-        self, crosslmm: CrossLMMForConditionalGeneration, layer: int, head: int, seen: Outputs
-    ) -> None:
-        language_model = crosslmm.model.language_model
-        self.module, self.layer, self.seen = language_model.layers[layer].self_attn, layer, seen
-        width = self.module.head_dim
-        key_head = head // self.module.num_key_value_groups
-        self.columns = [slice(i * width, (i + 1) * width) for i in (head, key_head, key_head)]
-        seen.watch("rotary", language_model.rotary_emb)
-        for name in ("q_proj", "k_proj", "v_proj"):
-            seen.watch((layer, name), getattr(self.module, name))
-
-    def attention(
-        self, rows: slice, packed: Packed, frames: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shares (B, L, T) of each frame, for queries of `rows`; the rest lies on text.
-
-        And what is read there, (B, L, d).
-        """
-        query, key, value = (
-            self.seen[self.layer, name][..., columns]
-            for name, columns in zip(("q_proj", "k_proj", "v_proj"), self.columns, strict=True)
-        )
-        cos, sin = self.seen["rotary"]
-        query, key = (x[:, 0] for x in apply_rotary_pos_emb(query[:, None], key[:, None], cos, sin))
-        mask = packed.attention_mask[:, 0, rows].to(query.device)
-        scores = (query[:, rows] @ key.mT).float() * self.module.scaling
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        shares = weights[..., packed.visual_columns()].unflatten(-1, (frames, -1)).sum(-1)
-        return shares, weights.to(value.dtype) @ value
-
-
-class ShownLook:
-    """Where the first head of a layer's V2V branch looks in each frame, from its projections."""
-
-    def __init__(
-        self, crosslmm: CrossLMMForConditionalGeneration, layer: int, seen: Outputs
-    ) -> None:
-        self.branch = crosslmm.model.language_model.layers[layer].dual_cross_attention.v2v
-        self.layer, self.seen = layer, seen
-        for name in ("q_proj", "k_proj"):
-            seen.watch((layer, "v2v", name), getattr(self.branch, name))
-
-    def mass(self, wanted: torch.Tensor) -> torch.Tensor:
-        """Share of attention on wanted patches (B, T, N), mean over a frame's tokens, (B, T)."""
-        query, key = (
-            self.seen[self.layer, "v2v", name][..., : self.branch.head_dim]
-            for name in ("q_proj", "k_proj")
-        )
-        batch, frames, tokens = wanted.shape
-        query = query.reshape(batch, frames, -1, self.branch.head_dim)
-        key = key.reshape(batch, frames, tokens, self.branch.head_dim)
-        shares = ((query @ key.mT).float() * self.branch.scaling).softmax(-1)
-        return (shares * wanted.to(shares.device)[:, :, None]).sum(-1).mean(-1)
 
 
 def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
