@@ -18,8 +18,24 @@ from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training import bundled
 from model.training.bundled import Trainer
 from model.training.curriculum import FIRST, LEVELS, Curriculum
-from model.training.encoder import CLASSES, COUNT, CROP, crop, look_loss
-from model.training.evidence_guide import EvidenceGuide, patches_in
+from model.training.encoder import (
+    CLASSES,
+    COUNT,
+    CROP,
+    MIDDLE,
+    DenseEncoder,
+    crop,
+    encoder_config,
+    look_loss,
+    middle_loss,
+    mirrored,
+)
+from model.training.evidence_guide import (
+    WAY_WEIGHT,
+    EvidenceGuide,
+    answer_parts,
+    patches_in,
+)
 from model.training.guided_loss import GuidedLoss, right_answers
 from model.training.library import Video
 from model.training.masking import evidence_stretches, other_stretch
@@ -130,6 +146,38 @@ def test_signs_are_to_look_at_what_they_stand_beside() -> None:
     assert look_loss({-1: (None, weights)}, labels) == 0
 
 
+def test_frames_without_a_sign_are_mirrored_with_their_labels() -> None:
+    frames = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
+    labels = np.arange(2 * 16 * 2, dtype=np.uint8).reshape(2, 16, 2)
+    labels[0, :, 1] = 0  # the first frame has no sign
+    turned = 0
+    for seed in range(20):
+        found, truth = mirrored(frames, labels, random.Random(seed))
+        assert (found[1] == frames[1]).all() and (truth[1] == labels[1]).all()
+        if (found[0] == frames[0]).all():
+            continue
+        turned += 1
+        assert (found[0] == frames[0][:, ::-1]).all()
+        assert (truth[0].reshape(4, 4, 2) == labels[0].reshape(4, 4, 2)[:, ::-1]).all()
+    assert 4 < turned < 16
+
+
+def test_an_earlier_layer_is_asked_for_the_middles_of_objects() -> None:
+    net = DenseEncoder(encoder_config())
+    middle = net.middle.requires_grad_(False)
+    middle.bias.zero_()
+    middle.weight.zero_()[:, 0] = torch.tensor([-9.0, 9.0])  # a middle has a large first feature
+    labels = torch.zeros(1, 4, MIDDLE + 1)
+    assert middle_loss(net, labels) == 0
+    labels[0, :3, MIDDLE] = torch.tensor([1.0, 2.0, 1.0])
+    hidden = torch.zeros(1, 4, 128)
+    hidden[..., 0] = torch.tensor([-1.0, 1.0, -1.0, 1.0])  # the last one is no object
+    net.hidden["middle"] = hidden
+    assert middle_loss(net, labels) < 1e-3
+    net.hidden["middle"] = -hidden
+    assert middle_loss(net, labels) > 5
+
+
 def test_visual_tokens_are_asked_what_came_last_and_what_before_it() -> None:
     def shown(*nouns: str) -> Scene:
         things = tuple(Actor(noun, 0.2, 0.2, 0.5, 0.5, 0.5, 0.5, 0, 3) for noun in nouns)
@@ -151,33 +199,64 @@ def test_visual_tokens_are_asked_what_came_last_and_what_before_it() -> None:
         ("after", "What comes after the owl?"): [(NOWHERE, 12, NOWHERE)],
         ("after", "What comes after the bee?"): [(NOWHERE, IGNORE, NOWHERE)],
         ("after", "What comes after the pig?"): [],  # not alone
-        ("direction", "Which way does the owl move?"): [(NOWHERE, NOWHERE, 11)],
+        ("direction", "Which way does the owl move?"): [(9, NOWHERE, 11)],
         ("absent", "Is there a boat?"): [],
         ("outside", "Who are you?"): [],
-        ("scenes", "What happens?"): [(NOWHERE, frame, frame) for frame in (3, 9, 12, 15)],
+        ("scenes", "What happens?"): [
+            (NOWHERE, frame, frame) for frame in (3, 9, 12, 12, 15, NOWHERE)
+        ],
     }
     for (kind, question), wanted in asked.items():
         assert order.asked(QA(kind, question, "")) == wanted
 
 
-def test_a_way_is_looked_for_in_its_first_frame_and_later_in_all() -> None:
+def test_parts_of_a_list_begin_at_their_separators() -> None:
+    comma, and_ = 7, 8
+    ids = torch.tensor([1, 1, 2, 3, comma, 2, 3, and_, 3, comma, 5, 0])
+    parts = answer_parts(ids, 2, 12, (comma, and_))
+    assert parts == [range(2, 4), range(4, 7), range(7, 9), range(9, 11)]
+    assert answer_parts(ids, 2, 5, (comma, and_)) == [range(2, 4)]  # its end is none
+
+
+def evenly_looking() -> tuple[EvidenceGuide, CrossLMMForConditionalGeneration, Video]:
+    """A guide by a model whose text looks at all 4 x 36 patches of a video alike."""
     model = tiny_model(pooled_grid=1, text={"num_hidden_layers": 6})
     for layer in model.config.dcal_layers:
         branch = model.model.language_model.layers[layer].dual_cross_attention.t2v
         for weight in branch.q_proj.parameters():
             weight.data.zero_()  # every patch of 4 x 36 is looked at alike
-    guide, inputs = EvidenceGuide(model), tiny_inputs(model.config, frames=4)
+    guide, inputs = EvidenceGuide(model, (7,)), tiny_inputs(model.config, frames=4)
     assert guide.layers == [2, 4]
     with torch.no_grad():
         model(**inputs)
-    video = Video((Placed(Scene(4.0, GREY), 0.0),), np.arange(4) + 0.5, np.arange(4))
-    evidence = (Evidence(1.0, 3.0, (0.0, 0.0, 1.0, 0.5)),)  # the upper half of two frames
-    parts = dict.fromkeys(("input_ids", "attention_mask", "position_ids", "labels", "frame_times"))
-    for kind, first in (("where", 36), ("direction", 18)):
-        spans = [[(QA(kind, "?", "up", evidence), 8, 10)]]
-        packed = Packed(**parts, video_start=2, text_start=6, spans=spans)
-        wanted = -(torch.tensor([first / 144, 36 / 144]) + 1e-4).log().mean()
-        torch.testing.assert_close(guide.loss(packed, [video]), wanted)
+    return guide, model, Video((Placed(Scene(4.0, GREY), 0.0),), np.arange(4) + 0.5, np.arange(4))
+
+
+def evidence_packed(kind: str, evidence: tuple[Evidence, ...], ids: list[int]) -> Packed:
+    """A batch with one answer, of the last of these six tokens."""
+    parts = dict.fromkeys(("attention_mask", "position_ids", "labels", "frame_times"))
+    spans = [[(QA(kind, "?", "up", evidence), 8, 12)]]
+    return Packed(torch.tensor([[5] * 6 + ids]), **parts, video_start=2, text_start=6, spans=spans)
+
+
+def test_a_way_is_looked_for_in_its_first_frame_by_one_head() -> None:
+    guide, _, video = evenly_looking()
+    evidence = (Evidence(1.0, 4.0, (0.0, 0.0, 1.0, 0.5)),)  # the upper half of three frames
+    whole, heads = torch.tensor(54 / 144).log(), torch.tensor([18, 54, 54, 54]) / 144
+    logs = {"where": (whole, 1), "direction": (heads.log().mean(), WAY_WEIGHT)}
+    for kind, (last, weight) in logs.items():  # of the last layer's four heads
+        packed = evidence_packed(kind, evidence, [5, 5, 5, 5, 5, 0])
+        wanted = -(whole + weight * last) / (1 + weight)
+        torch.testing.assert_close(guide.loss(packed, [video]), wanted, atol=2e-3, rtol=0)
+
+
+def test_each_name_of_a_list_is_looked_for_where_it_is() -> None:
+    guide, _, video = evenly_looking()
+    half, frame = Evidence(0.0, 1.0, (0.0, 0.0, 1.0, 0.5)), Evidence(3.0, 4.0, part=1)
+    packed = evidence_packed("scenes", (half, frame), [5, 5, 5, 7, 5, 0])
+    wanted = -(torch.tensor([18 / 144, 36 / 144, 36 / 144]) + 1e-4).log().mean()
+    torch.testing.assert_close(guide.loss(packed, [video]), wanted)
+    assert guide.patches(packed.spans[0][0][0], video).sum() == 54
 
 
 def test_frames_know_how_their_only_object_moved_and_how_many_there_are() -> None:
@@ -207,7 +286,7 @@ def test_a_video_without_objects_has_no_order() -> None:
     order = Order.of(video)
     assert order.labels(0).tolist() == order.labels(1).tolist() == [0] * 4
     assert order.news.tolist() == [IGNORE] * 4
-    assert order.asked(QA("scenes", "?", "")) == []
+    assert order.asked(QA("scenes", "?", "")) == [(NOWHERE,) * 3]
 
 
 def test_attention_of_a_shown_head_is_that_of_transformers() -> None:
@@ -230,7 +309,7 @@ def test_attention_of_a_shown_head_is_that_of_transformers() -> None:
 
 
 def test_order_is_read_from_the_last_token_of_each_frame() -> None:
-    guide = OrderGuide(tiny_model(), comma=0)
+    guide = OrderGuide(tiny_model(), separators=(0,))
     width, count = guide.heads["latest"].in_features, 4
     head = guide.heads["latest"]  # certain of "nothing" where the first feature is the largest
     head.requires_grad_(False)
@@ -252,7 +331,7 @@ def test_shown_heads_are_judged_by_their_share_on_what_they_are_to_look_at() -> 
     for layer in model.model.language_model.layers:
         for part in layer.self_attn.q_proj.parameters():
             part.data.zero_()  # every token looks at all before it alike
-    guide = OrderGuide(model, comma=7)
+    guide = OrderGuide(model, separators=(7,))
     guide.looks = []  # a test of its own follows
     scenes = [Scene(2.0, GREY, (Actor(noun, *[0.3] * 6, 0, 2),)) for noun in ("cat", "owl")]
     placed = tuple(Placed(scene, 2.0 * i) for i, scene in enumerate(scenes))
@@ -289,9 +368,25 @@ def test_shown_heads_are_judged_by_their_share_on_what_they_are_to_look_at() -> 
     torch.testing.assert_close(found, sum(means))
 
 
+def test_what_text_to_visual_attention_brings_must_tell_ways_and_counts() -> None:
+    guide = OrderGuide(tiny_model(), separators=(0,))
+    width = guide.answers["direction"].in_features
+    spans = [[(QA("direction", "?", "up"), 8, 10), (QA("count", "?", "2"), 13, 15)]]
+    packed = Packed(*[None] * 5, video_start=2, text_start=6, spans=spans)
+    for kind, wanted in (("direction", MOTIONS.index("up")), ("count", 1)):
+        reader = guide.answers[kind].requires_grad_(False)
+        reader.bias.zero_()
+        reader.weight.zero_()[wanted, 0] = 9.0  # certain of it where the first feature is large
+    guide.hidden["brought"] = torch.zeros(1, 12, width)
+    unsure = guide.answer_loss(packed)
+    torch.testing.assert_close(unsure, torch.tensor([5.0, 6.0]).log().sum())
+    guide.hidden["brought"][0, [1, 6], 0] = 1.0  # what predicts the first token of each
+    assert guide.answer_loss(packed) < 0.01
+
+
 def test_looks_at_what_came_last_are_those_that_the_page_shows() -> None:
     crosslmm = tiny_model(pooled_grid=1)
-    guide, frames = OrderGuide(crosslmm, comma=0), 3
+    guide, frames = OrderGuide(crosslmm, separators=(0,)), 3
     capture = MapCapture(v2v=True)
     memory = VideoMemory(crosslmm, capture=capture)
     with torch.no_grad():
@@ -313,7 +408,7 @@ def test_looks_are_judged_on_the_newest_object_of_a_frame() -> None:
     order = Order.of(video)
     (cat,), (owl,), _ = order.boxes
     assert cat[2] < 0.5 < owl[0]
-    guide = OrderGuide(tiny_model(pooled_grid=1), comma=0)
+    guide = OrderGuide(tiny_model(pooled_grid=1), separators=(0,))
     wanted = torch.stack([patches_in(boxes, 6).flatten() for boxes in order.boxes])
     assert wanted.sum(1).tolist() == [4, 4, 4] and wanted[0].nonzero()[0] == 0
     for look in guide.looks:
@@ -428,7 +523,7 @@ def test_answers_are_right_when_every_token_is() -> None:
 
 
 def test_patches_are_left_out_of_the_memory_only_while_training() -> None:
-    loss = GuidedLoss(tiny_model(), comma=0)
+    loss = GuidedLoss(tiny_model(), separators=(0,))
     features = torch.randn(1, 3, 16, loss.crosslmm.config.vision_config.hidden_size)
     loss.keep = 0.5
     memory = loss.train().crosslmm.model.embed_frames(features, torch.zeros(1, 3))[1]

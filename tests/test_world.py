@@ -233,6 +233,8 @@ def test_patches_know_how_many_there_are_and_whose_sign_it_is_only_where_that_is
     pair = (actor("owl", 0.2, 0.25), actor("owl", 0.8, 0.25))
     labels = patch_labels(Scene(6, GREY, pair, sign), 1, 14)
     assert set(np.unique(labels["counts"])) == {0, 2}
+    assert np.argwhere(labels["middles"] == 2).tolist() == [[3, 2], [3, 11]]
+    assert ((labels["middles"] > 0) == (labels["counts"] > 0)).all()
     assert set(np.unique(labels["owners"])) == {0, NOUN_IDS["owl"]}
     mixed = (actor("owl", 0.2, 0.25), actor("cat", 0.8, 0.25))
     labels = patch_labels(Scene(6, GREY, mixed, sign), 1, 14)
@@ -306,10 +308,13 @@ def test_an_object_in_two_scenes_has_no_when() -> None:
 
 
 def test_things_that_come_together_have_no_order() -> None:
-    both = (actor("cat", 0.2), actor("dog", 0.8))
+    both = (actor("dog", 0.2), actor("cat", 0.8))
     video = scenes(Scene(6, GREY, both), Scene(6, GREY, (actor("owl"),)))
     assert answers(video, "before", seconds(12)) == set()
-    assert answers(video, "scenes", seconds(12)) == {("", "0:00 a cat and a dog, 0:06 an owl")}
+    # From left to right.
+    assert answers(video, "scenes", seconds(12)) == {("", "0:00 a dog and a cat, 0:06 an owl")}
+    (story,) = questions(video, seeded(0), ["scenes"], seconds(12))
+    assert [(e.part, e.start) for e in story.evidence] == [(0, 0.5), (1, 0.5), (2, 6.5)]
 
 
 def shown(world: World, t: float) -> dict[str, list[tuple[float, ...]]]:

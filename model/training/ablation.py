@@ -35,7 +35,10 @@ VARIANTS: dict[str, dict] = {
     "both, 9 tokens": {"pooled_grid": 3},
     "neither, 9 tokens": {"v2v": False, "t2v": False, "pooled_grid": 3},
     "both, V2V over 3 frames": {"v2v_scope": "window", "v2v_window": 1},
+    "both, V2V over the video": {"v2v_scope": "video"},
     "both, K = 4": {"dcal_interval": 4, "dcal_layers": [0, 4]},
+    "both, K = 1": {"dcal_interval": 1, "dcal_layers": [0, 1, 2, 3, 4]},
+    "no pooling": {"v2v": False, "t2v": False, "pooled_grid": 14},
 }
 
 

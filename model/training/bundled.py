@@ -204,8 +204,8 @@ class Trainer(Updates):
         self._prepare()
 
     def _prepare(self) -> None:
-        (comma,) = self.prompt.encode(",")
-        loss = GuidedLoss(self.crosslmm, comma)
+        (comma,), (_, and_, _) = self.prompt.encode(","), self.prompt.encode("a and a")
+        loss = GuidedLoss(self.crosslmm, (comma, and_))
         self.crosslmm.model.vision_tower.requires_grad_(False)
         rates = dict.fromkeys(STAGES["2"].rates, self.args.learning_rate)
         groups = parameter_groups(self.crosslmm, rates, WEIGHT_DECAY)

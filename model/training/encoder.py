@@ -50,6 +50,9 @@ CLASSES = (
     + (MAX_COUNT + 1,)
 )
 COUNT = len(CLASSES) - 1
+MIDDLE = COUNT + 1  # where an object's middle is: asked of an earlier layer, to count them later
+MIDDLE_LAYER = 1
+FLOCKS = 0.4  # of the frames show several of a kind
 CROP_EVERY = 3  # steps, once whole frames are trained on
 LOOK = 0.3  # weight of the loss on signs' attention to what they stand beside
 
@@ -93,9 +96,11 @@ class DenseEncoder(nn.Module):
         table = grid_waves(config.image_size // config.patch_size, config.hidden_size)
         self.encoder.embeddings.position_embedding.weight.data.copy_(table)
         self.head = nn.Linear(config.hidden_size, sum(CLASSES))
-        self.looks = Outputs()
+        self.middle = nn.Linear(config.hidden_size, 2)
+        self.looks, self.hidden = Outputs(), Outputs()
         for i in (-2, -1):
             self.looks.watch(i, self.encoder.encoder.layers[i].self_attn)
+        self.hidden.watch("middle", self.encoder.encoder.layers[MIDDLE_LAYER])
 
     def forward(self, pixels: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
         """Pixels (F, 3, S, S) in -1..1 -> logits (F, N, sum of classes).
@@ -121,12 +126,13 @@ def render_examples(args: tuple[int, int, int, int]) -> tuple[np.ndarray, np.nda
     """Frames and labels of `count` scenes from `seed` on, one moment of each."""
     seed, count, side, grid = args
     frames = np.empty((count, side, side, 3), np.uint8)
-    labels = np.empty((count, grid * grid, len(CLASSES)), np.uint8)
+    labels = np.empty((count, grid * grid, MIDDLE + 1), np.uint8)
     for i in range(count):
         rng = seeded("encoder", seed + i)
         shape = scene_shape(rng)
-        scene = sample_scene(rng, aspect=shape[0] / shape[1])
-        while scene.sign is None and rng.random() < SIGN_SHARE:
+        kind = "flock" if rng.random() < FLOCKS else None
+        scene = sample_scene(rng, kind=kind, aspect=shape[0] / shape[1])
+        while kind is None and scene.sign is None and rng.random() < SIGN_SHARE:
             scene = sample_scene(rng, aspect=shape[0] / shape[1])
         t = rng.uniform(0, scene.duration * 0.999)
         if scene.sign is not None and rng.random() < 0.85:
@@ -135,10 +141,23 @@ def render_examples(args: tuple[int, int, int, int]) -> tuple[np.ndarray, np.nda
         truth = patch_labels(scene, t, grid)
         own = own_characters(scene.sign, truth["sign_chars"])
         nouns = np.where(truth["sign_colours"] > 0, truth["owners"], truth["nouns"])
-        stacked = np.dstack(
-            [nouns, truth["sign_colours"], truth["sign_chars"], own, truth["counts"]]
-        )
+        kinds = (nouns, truth["sign_colours"], truth["sign_chars"], own)
+        stacked = np.dstack([*kinds, truth["counts"], truth["middles"]])
         labels[i] = stacked.reshape(grid * grid, -1)
+    return frames, labels
+
+
+def mirrored(
+    frames: np.ndarray, labels: np.ndarray, rng: random.Random
+) -> tuple[np.ndarray, np.ndarray]:
+    """Half of the frames without a sign, chosen anew each time, left to right."""
+    frames, labels = frames.copy(), labels.copy()
+    grid = int(labels.shape[1] ** 0.5)
+    for frame, label in zip(frames, labels, strict=True):
+        if not label[:, 1].any() and rng.random() < 0.5:
+            frame[:] = frame[:, ::-1].copy()
+            cells = label.reshape(grid, grid, -1)
+            label[:] = cells[:, ::-1].reshape(grid * grid, -1)
     return frames, labels
 
 
@@ -167,7 +186,7 @@ def crop(
         piece = frame[top * patch : (top + CROP) * patch, left * patch : (left + CROP) * patch]
         known = label[rows, columns].copy()
         known[known[..., 1] > 0, 0] = 0  # a piece may not show what its sign stands beside,
-        known[..., COUNT] = 0  # nor all there is
+        known[..., COUNT:] = 0  # nor all there is
         if fresh:
             piece, known = painter.paint(piece, known)
         pixels.append(piece)
@@ -210,8 +229,10 @@ def losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, li
             asked = (known, ~known & ~on_sign)
         elif kind == 1:  # most patches show nothing: something and nothing count the same
             asked = (known, ~known)
-        else:  # characters on signs, where 0 is "no further character"; counts where known
-            asked = (known,) if kind == COUNT else (on_sign,)
+        elif kind == COUNT:  # most objects are alone
+            asked = (truth == 1, truth > 1)
+        else:  # characters on signs, where 0 is "no further character"
+            asked = (on_sign,)
         for chosen in asked:
             if chosen.any():
                 total = total + F.cross_entropy(part[chosen].float(), truth[chosen])
@@ -224,6 +245,17 @@ def losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, li
 
 def _share(hit: torch.Tensor, of: torch.Tensor) -> float:
     return hit[of].float().mean().item() if of.any() else 1.0
+
+
+def middle_loss(net: DenseEncoder, labels: torch.Tensor) -> torch.Tensor:
+    """Which patches of an object are its middle, by an earlier layer: copies are counted by it."""
+    known = labels[..., MIDDLE].long()
+    if not (known > 0).any():
+        return torch.zeros(())
+    hidden = net.hidden["middle"].float()
+    logits = net.middle(F.layer_norm(hidden, hidden.shape[-1:]))
+    weight = torch.tensor([1.0, 4.0])  # there is one middle to several other patches
+    return F.cross_entropy(logits[known > 0], known[known > 0] - 1, weight)
 
 
 def look_loss(looks: Outputs, labels: torch.Tensor) -> torch.Tensor:
@@ -314,10 +346,13 @@ def main() -> None:
         if crops:
             images, truth, places = crop(images, truth, order, config.patch_size, painter)
             places = torch.from_numpy(places)
+        else:
+            images, truth = mirrored(images, truth, order)
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(normalise(images), places)
         loss, _ = losses(logits, torch.from_numpy(truth))
         loss = loss + LOOK * look_loss(net.looks, torch.from_numpy(truth))
+        loss = loss + middle_loss(net, torch.from_numpy(truth))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 
@@ -12,6 +12,8 @@ from model.training.outputs import Outputs
 from model.training.packing import Packed
 from model.training.world_parts import Box
 from model.training.world_questions import QA
+
+WAY_WEIGHT = 5.0  # an answer about a movement has one token, one about a time four or five
 
 
 def patches_in(boxes: Iterable[Box], grid: int) -> torch.Tensor:
@@ -27,10 +29,27 @@ def patches_in(boxes: Iterable[Box], grid: int) -> torch.Tensor:
     return mask
 
 
-class EvidenceGuide:
-    """Share of T2V attention on the evidence, read from the projections by hooks."""
+def answer_parts(
+    ids: torch.Tensor, start: int, end: int, separators: Container[int]
+) -> list[range]:
+    """Columns of the parts of an answer, with the separator before each; without its end token.
 
-    def __init__(self, crosslmm: CrossLMMForConditionalGeneration) -> None:
+    "0:03 a cat and a dog, 0:08 owls": three parts, at " and" and ",".
+    """
+    begins = [start, *(c for c in range(start + 1, end - 1) if int(ids[c]) in separators)]
+    return list(map(range, begins, [*begins[1:], end - 1]))
+
+
+class EvidenceGuide:
+    """Share of T2V attention on the evidence, read from the projections by hooks.
+
+    `separators`: ids of the tokens between the parts of a list.
+    """
+
+    def __init__(
+        self, crosslmm: CrossLMMForConditionalGeneration, separators: Container[int] = ()
+    ) -> None:
+        self.separators = separators
         self.grid = crosslmm.config.original_grid
         self.layers = crosslmm.config.dcal_layers[1:]  # the first sees the question's noun too late
         self.seen = Outputs()
@@ -44,10 +63,12 @@ class EvidenceGuide:
             for name in ("q_proj", "k_proj"):
                 self.seen.watch((i, name), getattr(branch, name))
 
-    def patches(self, qa: QA, video: Video) -> torch.Tensor:
-        """Patches that hold the evidence of the answer itself, (T * N,) bool."""
+    def patches(self, qa: QA, video: Video, part: int | None = None) -> torch.Tensor:
+        """Patches that hold the evidence of (a part of) the answer itself, (T * N,) bool."""
         mask = torch.zeros(len(video.times), self.grid, self.grid, dtype=torch.bool)
         for evidence in qa.evidence:
+            if part is not None and evidence.part != part:
+                continue
             if evidence.named:  # found by self-attention; a look at it here would hide the answer
                 continue
             times = torch.as_tensor(video.times)
@@ -62,36 +83,48 @@ class EvidenceGuide:
 
         `kept` (B, T, n): the patches in the memory, where not all are.
         """
-        terms = []
+        terms, weights = [], []
         for row, (spans, video) in enumerate(zip(packed.spans, videos, strict=True)):
-            columns, masks, firsts = [], [], []
+            columns, masks, ways = [], [], []
             for qa, start, end in spans:
-                evidence = self.patches(qa, video).unflatten(0, (len(video.times), -1))
-                if kept is not None:
-                    evidence = evidence.gather(1, kept[row].cpu())
-                if qa.evidence and evidence.any():
-                    # The column before a token predicts it; the end token looks at nothing.
-                    columns += [c - packed.text_start for c in range(start - 1, end - 2)]
-                    masks += [evidence.flatten()] * (end - 1 - start)
-                    first = _first_frame(evidence) if qa.kind == "direction" else evidence
-                    firsts += [first.flatten()] * (end - 1 - start)
+                for part, place in enumerate(
+                    answer_parts(packed.input_ids[row], start, end, self.separators)
+                ):
+                    evidence = self.patches(qa, video, part).unflatten(0, (len(video.times), -1))
+                    if kept is not None:
+                        evidence = evidence.gather(1, kept[row].cpu())
+                    if evidence.any():
+                        # The column before a token predicts it; the end token looks at nothing.
+                        columns += [c - 1 - packed.text_start for c in place]
+                        masks += [evidence] * len(place)
+                        ways += [qa.kind == "direction"] * len(place)
             if not columns:
                 continue
+            evidence, way = torch.stack(masks), torch.tensor(ways)
             for layer, branch in self.branches.items():
-                # A way is seen from where something was at first, and then all the time.
-                target = torch.stack(firsts if layer == self.layers[0] else masks)[:, None, None]
                 query = self.seen[layer, "q_proj"][row, columns].unflatten(
                     -1, (-1, branch.head_dim)
                 )
                 key = self.seen[layer, "k_proj"][row].unflatten(-1, (-1, branch.head_dim))
                 query = query.unflatten(1, (key.shape[1], -1))  # (Lq, Hkv, G, d)
                 scores = torch.einsum("lhgd,mhd->lhgm", query, key).float() * branch.scaling
-                share = (scores.softmax(-1) * target.to(scores.device)).sum(-1).mean((1, 2))
-                terms.append(-(share + 1e-4).log())
-        return torch.cat(terms).mean() if terms else torch.zeros(())
+                scores = scores.flatten(1, 2)
+                target = evidence.flatten(1)[:, None].repeat(1, scores.shape[1], 1)
+                apart = way if layer == self.layers[-1] else torch.zeros_like(way)
+                # By then self-attention has found when something came: a way is the difference
+                # between where it was then, which one head is for, and where it was all the time.
+                target[apart, 0] = _first_frame(evidence[apart]).flatten(1)
+                share = (scores.softmax(-1) * target.to(scores.device)).sum(-1)
+                each, any_head = (share + 1e-4).log().mean(1), (share.mean(1) + 1e-4).log()
+                terms.append(-each.where(apart.to(each.device), any_head))
+                weights.append(torch.where(apart, WAY_WEIGHT, 1.0).to(each.device))
+        if not terms:
+            return torch.zeros(())
+        weight = torch.cat(weights)
+        return (torch.cat(terms) * weight).sum() / weight.sum()
 
 
 def _first_frame(evidence: torch.Tensor) -> torch.Tensor:
-    """The patches (T, n) of the first frame that shows any."""
-    shows = evidence.any(1)
-    return evidence & (shows & (shows.cumsum(0) == 1))[:, None]
+    """The patches (n, T, N) of the first frame that shows any, of each."""
+    shows = evidence.any(2)
+    return evidence & (shows & (shows.cumsum(1) == 1))[:, :, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -21,14 +22,16 @@ class GuidedLoss(AnswerLoss):
     """Cross-entropy of answers' tokens, summed, and two guides; leaves which are right in `right`.
 
     `weight` is that of the guides, `keep` the share of patches that stay in the memory: most of a
-    step's cost is their keys and values, and most of them show background. `comma`: the id of the
-    token that separates the parts of an answer.
+    step's cost is their keys and values, and most of them show background. `separators`: ids of
+    the tokens between the parts of an answer.
     """
 
-    def __init__(self, crosslmm: CrossLMMForConditionalGeneration, comma: int) -> None:
+    def __init__(
+        self, crosslmm: CrossLMMForConditionalGeneration, separators: Container[int]
+    ) -> None:
         super().__init__(crosslmm)
-        self.evidence = EvidenceGuide(crosslmm)
-        self.order = OrderGuide(crosslmm, comma)
+        self.evidence = EvidenceGuide(crosslmm, separators)
+        self.order = OrderGuide(crosslmm, separators)
         self.weight, self.keep = 0.0, 1.0
         self.kept: torch.Tensor | None = None  # (B, T, n) patches that stayed
         self.right: Right = []  # which of the last batch's answers are right in every token

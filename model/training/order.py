@@ -76,11 +76,12 @@ class Order:
     def asked(self, qa: QA) -> list[tuple[int, int, int]]:
         """The frames at which three heads find what each part of an answer needs.
 
-        That in which an object comes in, for "after" the next one; for a movement the last that
-        shows it. IGNORE: as the head likes.
+        That in which an object comes in, for "after" the next one; for a movement also the last
+        that shows it. A list of what happens ends where there is nothing more to look at.
+        IGNORE: as the head likes.
         """
         if qa.kind == "scenes":
-            frames = self.arrival.unique().tolist()
+            frames = [*self.arrival.tolist(), NOWHERE]
         else:
             found = (self.ids == named(qa.question)).nonzero().flatten().tolist()
             if not found:
@@ -89,7 +90,7 @@ class Order:
             if qa.kind == "after":
                 frames = [*self.arrival[found[0] + 1 :].tolist(), IGNORE][:1]
             elif qa.kind == "direction":
-                frames = [self.last[found[0]].item()]
+                return [(frames[0], NOWHERE, self.last[found[0]].item())]
         if qa.kind not in READERS:
             return [(frame, IGNORE, IGNORE) for frame in frames]
         heads = {HEADS[name] for name in READERS[qa.kind]}

@@ -12,24 +12,28 @@ what had come last then. Answers' tokens are shown where to read it.
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
-from model.training.evidence_guide import patches_in
+from model.training.evidence_guide import answer_parts, patches_in
 from model.training.library import Video
-from model.training.order import HEADS, MOST_COPIES, MOTIONS, READERS, Order
+from model.training.order import HEADS, MOST_COPIES, MOTIONS, NOWHERE, READERS, Order
 from model.training.outputs import Outputs
 from model.training.packing import IGNORE, Packed
 from model.training.shown import ShownHead, ShownLook
 from model.training.world_facts import NOUN_IDS
+from model.training.world_questions import QA
 
 # Layers whose first head is shown where to look: frames at the frame before them, at the last one
 # with something new, and at the frame before them again, which knows more by then. In the last of
 # them the three heads of a question's answer read what `Order.asked` says, one each, and look away
 # where another reads: two names at once were often mixed up.
 NEIGHBOUR, NEWS, NEIGHBOUR_AGAIN, ASKED = 0, 1, 2, 4
+ANSWERS = {"direction": MOTIONS, "count": tuple(map(str, range(1, MOST_COPIES + 1)))}
 LOOKS = (0, 2)  # layers in which frames look at what came last, in themselves
 # Layers after which visual tokens are to know something. Text reads it in the layers that follow,
 # so the last ones would be too late.
@@ -46,9 +50,11 @@ def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 class OrderGuide(nn.Module):
     """Linear heads on the hidden states of visual tokens, and heads of attention that are shown."""
 
-    def __init__(self, crosslmm: CrossLMMForConditionalGeneration, comma: int) -> None:
+    def __init__(
+        self, crosslmm: CrossLMMForConditionalGeneration, separators: Container[int]
+    ) -> None:
         super().__init__()
-        self.comma = comma
+        self.separators = separators
         layers = crosslmm.model.language_model.layers
         self.hidden = Outputs()
         for name, layer in LAYERS.items():
@@ -61,6 +67,12 @@ class OrderGuide(nn.Module):
         self.readers = nn.ModuleDict({name: nn.Linear(head_dim, sizes[name]) for name in HEADS})
         shown = [(NEIGHBOUR, 0), (NEWS, 0), (NEIGHBOUR_AGAIN, 0)]
         shown += [(ASKED, head) for head in sorted(set(HEADS.values()))]
+        self.answers = nn.ModuleDict(
+            {kind: nn.Linear(width, len(answers)) for kind, answers in ANSWERS.items()}
+        )
+        last = crosslmm.config.dcal_layers[-1]
+        if crosslmm.config.t2v:
+            self.hidden.watch("brought", layers[last].dual_cross_attention.t2v.o_proj)
         self.shown = {
             (layer, head): ShownHead(crosslmm, layer, head, self.hidden)
             for layer, head in shown
@@ -112,6 +124,7 @@ class OrderGuide(nn.Module):
             looks.append(look)
             labels = labels + misread
         looks.append(self.object_loss(orders, kept))
+        labels = labels + self.answer_loss(packed)
         return labels, torch.stack(looks).sum()
 
     def label_loss(self, name: str, packed: Packed, wanted: torch.Tensor) -> torch.Tensor:
@@ -142,9 +155,7 @@ class OrderGuide(nn.Module):
             (row, column, frames[head], qa.kind)
             for row, (spans, order) in enumerate(zip(packed.spans, orders, strict=True))
             for qa, start, end in spans
-            for frames, part in zip(
-                order.asked(qa), self._parts(packed.input_ids[row], start, end), strict=False
-            )
+            for frames, part in self._asked(order, qa, packed.input_ids[row], start, end)
             for column in part
             if frames[head] != IGNORE
         ]
@@ -160,9 +171,36 @@ class OrderGuide(nn.Module):
         misread = torch.zeros((), device=read.device)
         for name, labels in known.items():
             reads = torch.tensor([name in READERS.get(kind, ()) for kind in kinds])
-            target = labels[rows, frames].where(reads, IGNORE)
+            target = labels[rows, frames].where(reads & (frames != NOWHERE), IGNORE)
             misread = misread + _cross_entropy(self.readers[name](read[place].float()), target)
         return -(shares[(*place, frames)].clamp_min(0) + 1e-4).log().mean(), misread
+
+    def _asked(
+        self, order: Order, qa: QA, ids: torch.Tensor, start: int, end: int
+    ) -> Iterator[tuple[tuple[int, int, int], range]]:
+        """What the tokens of each part of an answer are to look at, and their columns."""
+        asked, parts = order.asked(qa), answer_parts(ids, start, end, self.separators)
+        if len(asked) > len(parts) and asked[len(parts)][1] == NOWHERE:
+            parts.append(range(end - 1, end))  # a list's end is told by there being nothing more
+        return zip(asked, parts, strict=False)
+
+    def answer_loss(self, packed: Packed) -> torch.Tensor:
+        """What T2V brings in must itself tell answers that are a difference or a sum of places."""
+        brought = self.hidden.get("brought")
+        terms = [torch.zeros(())]
+        for kind, answers in ANSWERS.items():
+            found = [
+                (row, start - 1 - packed.text_start, answers.index(qa.answer))
+                for row, spans in enumerate(packed.spans)
+                for qa, start, _ in spans
+                if qa.kind == kind and qa.answer in answers
+            ]
+            if found and brought is not None:
+                rows, columns, target = map(torch.tensor, zip(*found, strict=True))
+                terms.append(
+                    _cross_entropy(self.answers[kind](brought[rows, columns].float()), target)
+                )
+        return torch.stack([term.to(terms[-1].device) for term in terms]).sum()
 
     def object_loss(self, orders: list[Order], kept: torch.Tensor | None) -> torch.Tensor:
         """Mean -log(share of V2V attention on what came last), of the frames that show it."""
@@ -179,9 +217,3 @@ class OrderGuide(nn.Module):
             return torch.zeros(())
         found = [look.mass(wanted)[shows.to(look.branch.gate.device)] for look in self.looks]
         return torch.stack([-(mass + 1e-4).log().mean() for mass in found]).sum()
-
-    def _parts(self, ids: torch.Tensor, start: int, end: int) -> list[range]:
-        """Columns of an answer's parts, without commas and without its end."""
-        commas = [c for c in range(start, end) if ids[c] == self.comma]
-        begins, ends = [start, *(c + 1 for c in commas)], [*commas, end - 1]
-        return list(map(range, begins, ends))

@@ -57,10 +57,12 @@ def patch_labels(scene: Scene, t: float, grid: int) -> dict[str, np.ndarray]:
     `nouns` (grid, grid): `NOUN_IDS`; `sign_colours` (grid, grid): `COLOUR_IDS`; `sign_chars`
     (grid, grid, 5): `CHARACTER_IDS` of the whole text on every patch of the sign; `owners`
     (grid, grid): on a sign, `NOUN_IDS` of the object that is clearly nearest to it; `counts`
-    (grid, grid): on an object, how many of its kind the frame shows; 0 is nothing.
+    (grid, grid): on an object, how many of its kind the frame shows; `middles` (grid, grid): 1
+    on an object, 2 where its middle is; 0 is nothing.
     """
     nouns = np.zeros((grid, grid), np.int64)
     counts = np.zeros((grid, grid), np.int64)
+    middles = np.zeros((grid, grid), np.int64)
     colours = np.zeros((grid, grid), np.int64)
     owners = np.zeros((grid, grid), np.int64)
     chars = np.zeros((grid, grid, LONGEST_SIGN), np.int64)
@@ -73,6 +75,8 @@ def patch_labels(scene: Scene, t: float, grid: int) -> dict[str, np.ndarray]:
         inside = (x[None, :] ** 4 + y[:, None] ** 4) <= 1
         nouns[inside] = NOUN_IDS[noun]
         counts[inside] = sum(other == noun for other, _ in facts.objects)
+        middles[inside] = 1
+        middles[int((top + bottom) / 2 * grid), int((left + right) / 2 * grid)] = 2
     if facts.sign is not None:
         left, top, right, bottom = facts.sign.box
         rows = np.flatnonzero((centres >= top) & (centres < bottom))
@@ -89,6 +93,7 @@ def patch_labels(scene: Scene, t: float, grid: int) -> dict[str, np.ndarray]:
         "sign_chars": chars,
         "owners": owners,
         "counts": counts,
+        "middles": middles,
     }
 
 

@@ -55,13 +55,15 @@ _ABSENT_FORMS = (*_SIGN_FORMS, "when", "before", "after", "where", "direction")
 class Evidence:
     """Where an answer is seen: seconds [start, end) of the video, and the box if there is one.
 
-    `named`: it shows what the question names, and the answer is something else.
+    `named`: it shows what the question names, and the answer is something else. `part`: the one of
+    the names in a list that it is for, counted from 0.
     """
 
     start: float
     end: float
     box: Box | None = None
     named: bool = False
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -303,17 +305,20 @@ def _stories(timeline: Timeline, rng: random.Random) -> list[_Fact]:
         moments.setdefault(seen.first, []).append(seen)
     if not moments:
         return []
-    parts, evidence = [], []
+    parts, evidence, count = [], [], 0
     for first, together in list(moments.items())[:MOST_SCENES]:
-        names = [
-            with_article(seen.noun) if len(seen.actors) == 1 else plural(seen.noun)
-            for seen in sorted(together, key=lambda seen: list(NOUNS).index(seen.noun))
-        ]
+        names = []
+        for seen in sorted(together, key=_left_edge):
+            names.append(with_article(seen.noun) if len(seen.actors) == 1 else plural(seen.noun))
+            evidence += [replace(one, part=count) for one in _first_frame(timeline, seen)]
+            count += 1
         parts.append(f"{clock(first)} {' and '.join(names)}")
-        for seen in together:
-            evidence.extend(_first_frame(timeline, seen))
     more = ", ..." if len(moments) > MOST_SCENES else ""
     return [_Fact(", ".join(parts) + more, evidence=tuple(evidence))]
+
+
+def _left_edge(seen: Appearance) -> float:
+    return min(left for left, *_ in seen.boxes(seen.first))
 
 
 def _directions(timeline: Timeline, rng: random.Random) -> list[_Fact]:
