@@ -37,7 +37,7 @@ from model.training.evidence_guide import (
     patches_in,
 )
 from model.training.guided_loss import GuidedLoss, right_answers
-from model.training.library import Video
+from model.training.library import Shot, Video
 from model.training.masking import evidence_stretches, other_stretch
 from model.training.order import FAR, MOTIONS, NOWHERE, Order
 from model.training.order_guide import OrderGuide
@@ -48,8 +48,8 @@ from model.training.shown import ShownHead
 from model.training.sign_crops import SignPainter
 from model.training.tokenizer import train_tokenizer
 from model.training.world_facts import LONGEST_SIGN, NOUN_IDS, SIGN_CHARACTERS
-from model.training.world_parts import Actor, Background, Placed, Scene
-from model.training.world_questions import QA, Evidence, all_texts
+from model.training.world_parts import Actor, Background, Placed, Scene, Sign
+from model.training.world_questions import QA, Evidence, all_texts, questions
 from model.types import InputError
 from model.video_memory import VideoMemory
 from tests.tiny import tiny_frames, tiny_inputs, tiny_model
@@ -257,6 +257,25 @@ def test_each_name_of_a_list_is_looked_for_where_it_is() -> None:
     wanted = -(torch.tensor([18 / 144, 36 / 144, 36 / 144]) + 1e-4).log().mean()
     torch.testing.assert_close(guide.loss(packed, [video]), wanted)
     assert guide.patches(packed.spans[0][0][0], video).sum() == 54
+
+
+def test_a_scene_played_backwards_is_true_of_its_frames_in_the_opposite_order() -> None:
+    actor = Actor("cat", 0.2, 0.2, 0.2, 0.5, 0.8, 0.4, 0.9, 5.5)
+    sign = Sign("428", "red", "number", (0.1, 0.1, 0.4, 0.27), 1.2, 3.1, "cat")
+    shot = Shot(Scene(7.3, GREY, (actor,), sign), 0.4, 100, 7)
+    turned = shot.backwards()
+    assert list(turned.frames(0, 7)) == [106, 105, 104, 103, 102, 101, 100]
+    assert list(turned.frames(2, 3)) == [104, 103, 102] and list(shot.frames(2, 2)) == [102, 103]
+    for there, back in zip(range(7), range(6, -1, -1), strict=True):
+        t, u = shot.phase + there, turned.phase + back
+        for one, other in ((actor, turned.scene.actors[0]), (sign, turned.scene.sign)):
+            assert one.visible(t) == other.visible(u)
+        assert actor.box(t) == pytest.approx(turned.scene.actors[0].box(u))
+    again = turned.backwards()
+    assert again.phase == pytest.approx(shot.phase) and again.frames(0, 7) == shot.frames(0, 7)
+    video = [Placed(turned.scene, 0.0)]
+    (way,) = questions(video, random.Random(0), ["direction"], [turned.phase + i for i in range(7)])
+    assert way.answer == "left"
 
 
 def test_frames_know_how_their_only_object_moved_and_how_many_there_are() -> None:

@@ -13,7 +13,7 @@ from model.training.packing import Packed
 from model.training.world_parts import Box
 from model.training.world_questions import QA
 
-WAY_WEIGHT = 5.0  # an answer about a movement has one token, one about a time four or five
+WAY_WEIGHT = 10.0  # an answer about a movement has one token, one about a time four or five
 
 
 def patches_in(boxes: Iterable[Box], grid: int) -> torch.Tensor:

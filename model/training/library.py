@@ -21,7 +21,7 @@ from transformers import SiglipVisionModel
 from model.training.encoder import TRAIN_SEED, normalise
 from model.training.frames import render_frame, scene_shape
 from model.training.world import sample_scene, seeded
-from model.training.world_parts import Placed, Scene
+from model.training.world_parts import Actor, Placed, Scene, Sign
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,22 @@ class Shot:
     phase: float
     first: int  # index of its first frame in the library
     count: int
+    step: int = 1  # from one frame's index to the next one's
+
+    def backwards(self) -> Shot:
+        """The same pictures in the opposite order."""
+        return Shot(
+            reversed_scene(self.scene),
+            self.scene.duration - self.phase - (self.count - 1),
+            self.first + self.step * (self.count - 1),
+            self.count,
+            -self.step,
+        )
+
+    def frames(self, start: int, count: int) -> range:
+        """Indices in the library of `count` frames from the one of number `start` on."""
+        first = self.first + self.step * start
+        return range(first, first + self.step * count, self.step)
 
 
 @dataclass(frozen=True)
@@ -138,12 +154,16 @@ class SceneLibrary:
             shot = rng.choice(self.shots)
             if names & set(shot.scene.nouns):
                 continue
+            # Which way something moves would otherwise be learnt by heart, scene by scene.
+            alone = len(shot.scene.actors) == 1
+            if alone and shot.scene.actors[0].moves and rng.random() < 0.5:
+                shot = shot.backwards()
             names |= set(shot.scene.nouns)
             skip = 0 if indices else _skip(shot, frames, rng)
             count = min(shot.count - skip, frames - len(indices))
             offset = start + (len(indices) - shot.phase - skip) * interval
             placed.append(Placed(scaled(shot.scene, interval), offset))
-            indices += range(shot.first + skip, shot.first + skip + count)
+            indices += shot.frames(skip, count)
         # A scene ends where the next one starts (phases differ, so by less than one frame).
         ends = [scene.start for scene in placed[1:]] + [start + (frames - 0.5) * interval]
         scenes = tuple(
@@ -167,6 +187,21 @@ def _skip(shot: Shot, frames: int, rng: random.Random) -> int:
     if not seen or rng.random() < 0.2:
         return rng.randint(0, room)
     return min(max(rng.choice(seen) - rng.randrange(frames), 0), room)
+
+
+def reversed_scene(scene: Scene) -> Scene:
+    """The same scene from its end to its beginning; backgrounds' pan is left as it is."""
+
+    def span(part: Actor | Sign) -> dict[str, float]:
+        return {"start": scene.duration - part.end, "end": scene.duration - part.start}
+
+    return replace(
+        scene,
+        actors=tuple(
+            replace(a, x0=a.x1, y0=a.y1, x1=a.x0, y1=a.y0, **span(a)) for a in scene.actors
+        ),
+        sign=scene.sign and replace(scene.sign, **span(scene.sign)),
+    )
 
 
 def scaled(scene: Scene, factor: float) -> Scene:
