@@ -16,6 +16,7 @@ from model.loading import load
 from model.map_capture import MapCapture
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training import bundled
+from model.training.ablation import VARIANTS
 from model.training.bundled import Trainer
 from model.training.curriculum import FIRST, LEVELS, Curriculum
 from model.training.encoder import (
@@ -30,19 +31,14 @@ from model.training.encoder import (
     middle_loss,
     mirrored,
 )
-from model.training.evidence_guide import (
-    WAY_WEIGHT,
-    EvidenceGuide,
-    answer_parts,
-    patches_in,
-)
+from model.training.evidence_guide import WAY_WEIGHT, EvidenceGuide, patches_in
 from model.training.guided_loss import GuidedLoss, right_answers
 from model.training.library import Shot, Video
 from model.training.masking import evidence_stretches, other_stretch
 from model.training.order import FAR, MOTIONS, NOWHERE, Order
 from model.training.order_guide import OrderGuide
 from model.training.outputs import Outputs
-from model.training.packing import IGNORE, Packed
+from model.training.packing import IGNORE, Packed, answer_parts
 from model.training.release import EXAMPLES, KINDS_FILE, release
 from model.training.shown import ShownHead
 from model.training.sign_crops import SignPainter
@@ -398,7 +394,7 @@ def test_what_text_to_visual_attention_brings_must_tell_ways_and_counts() -> Non
         reader.weight.zero_()[wanted, 0] = 9.0  # certain of it where the first feature is large
     guide.hidden["brought"] = torch.zeros(1, 12, width)
     unsure = guide.answer_loss(packed)
-    torch.testing.assert_close(unsure, torch.tensor([5.0, 6.0]).log().sum())
+    torch.testing.assert_close(unsure, torch.tensor([5.0, 5.0]).log().sum())
     guide.hidden["brought"][0, [1, 6], 0] = 1.0  # what predicts the first token of each
     assert guide.answer_loss(packed) < 0.01
 
@@ -550,3 +546,17 @@ def test_patches_are_left_out_of_the_memory_only_while_training() -> None:
     assert all(len(set(frame)) == 8 for frame in loss.kept[0].tolist())
     whole = loss.eval().crosslmm.model.embed_frames(features, torch.zeros(1, 3))[1]
     assert whole.shape[2] == 16 and loss.kept is None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_the_ablation_is_a_model(variant: str) -> None:
+    ids = {"eos": 0, "pad": 1, "video": 2}
+    config = bundled.model_config(SiglipVisionModel(encoder_config()), 64, ids)
+    for name, value in VARIANTS[variant].items():
+        setattr(config, name, value)
+    config.validate_choices()
+    crosslmm = CrossLMMForConditionalGeneration(config)
+    tokens = crosslmm.config.pooled_tokens_per_frame
+    assert tokens == config.pooled_grid**2
+    if variant == "no pooling":
+        assert tokens == config.original_grid**2

@@ -9,7 +9,7 @@ import torch
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training.library import Video
 from model.training.outputs import Outputs
-from model.training.packing import Packed
+from model.training.packing import Packed, answer_parts
 from model.training.world_parts import Box
 from model.training.world_questions import QA
 
@@ -27,17 +27,6 @@ def patches_in(boxes: Iterable[Box], grid: int) -> torch.Tensor:
         )
         mask |= rows[:, None] & columns
     return mask
-
-
-def answer_parts(
-    ids: torch.Tensor, start: int, end: int, separators: Container[int]
-) -> list[range]:
-    """Columns of the parts of an answer, with the separator before each; without its end token.
-
-    "0:03 a cat and a dog, 0:08 owls": three parts, at " and" and ",".
-    """
-    begins = [start, *(c for c in range(start + 1, end - 1) if int(ids[c]) in separators)]
-    return list(map(range, begins, [*begins[1:], end - 1]))
 
 
 class EvidenceGuide:

@@ -27,7 +27,6 @@ READERS = {
     "direction": ("motion",), "count": ("copies",),
 }  # fmt: skip
 FAR = 0.06  # of the picture: what has moved less since it came may be taken for standing still
-MOST_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def _newest(here: Sequence[Appearance], now: float) -> tuple[Box, ...]:
 def _copies(alone: Appearance | None, now: float) -> int:
     if alone is None or not all(actor.visible(now - alone.offset) for actor in alone.actors):
         return IGNORE
-    return min(len(alone.actors), MOST_COPIES)
+    return len(alone.actors)
 
 
 def named(question: str) -> int:

@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
-from model.training.evidence_guide import answer_parts, patches_in
+from model.training.evidence_guide import patches_in
 from model.training.library import Video
-from model.training.order import HEADS, MOST_COPIES, MOTIONS, NOWHERE, READERS, Order
+from model.training.order import HEADS, MOTIONS, NOWHERE, READERS, Order
 from model.training.outputs import Outputs
-from model.training.packing import IGNORE, Packed
+from model.training.packing import IGNORE, Packed, answer_parts
 from model.training.shown import ShownHead, ShownLook
 from model.training.world_facts import NOUN_IDS
+from model.training.world_parts import MAX_COUNT
 from model.training.world_questions import QA
 
 # Layers whose first head is shown where to look: frames at the frame before them, at the last one
@@ -33,7 +34,8 @@ from model.training.world_questions import QA
 # them the three heads of a question's answer read what `Order.asked` says, one each, and look away
 # where another reads: two names at once were often mixed up.
 NEIGHBOUR, NEWS, NEIGHBOUR_AGAIN, ASKED = 0, 1, 2, 4
-ANSWERS = {"direction": MOTIONS, "count": tuple(map(str, range(1, MOST_COPIES + 1)))}
+# Kinds whose answer a linear head reads from what the last T2V branch brings.
+ANSWERS = {"direction": MOTIONS, "count": tuple(map(str, range(1, MAX_COUNT + 1)))}
 LOOKS = (0, 2)  # layers in which frames look at what came last, in themselves
 # Layers after which visual tokens are to know something. Text reads it in the layers that follow,
 # so the last ones would be too late.
@@ -61,7 +63,7 @@ class OrderGuide(nn.Module):
             self.hidden.watch(name, layers[layer])
         width, nouns = crosslmm.config.text_config.hidden_size, len(NOUN_IDS) + 1
         sizes = {"latest": nouns, "previous": nouns}
-        sizes |= {"motion": len(MOTIONS), "copies": MOST_COPIES + 1}
+        sizes |= {"motion": len(MOTIONS), "copies": MAX_COUNT + 1}
         self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in sizes.items()})
         head_dim = layers[0].self_attn.head_dim
         self.readers = nn.ModuleDict({name: nn.Linear(head_dim, sizes[name]) for name in HEADS})
@@ -125,7 +127,7 @@ class OrderGuide(nn.Module):
             labels = labels + misread
         looks.append(self.object_loss(orders, kept))
         labels = labels + self.answer_loss(packed)
-        return labels, torch.stack(looks).sum()
+        return labels, sum(looks)  # not stacked: where there is nothing to judge, 0 is on the CPU
 
     def label_loss(self, name: str, packed: Packed, wanted: torch.Tensor) -> torch.Tensor:
         """Of the last token of each frame; wanted (B, T)."""
@@ -180,14 +182,13 @@ class OrderGuide(nn.Module):
     ) -> Iterator[tuple[tuple[int, int, int], range]]:
         """What the tokens of each part of an answer are to look at, and their columns."""
         asked, parts = order.asked(qa), answer_parts(ids, start, end, self.separators)
-        if len(asked) > len(parts) and asked[len(parts)][1] == NOWHERE:
+        if len(asked) > len(parts) and set(asked[len(parts)]) == {NOWHERE}:
             parts.append(range(end - 1, end))  # a list's end is told by there being nothing more
         return zip(asked, parts, strict=False)
 
     def answer_loss(self, packed: Packed) -> torch.Tensor:
         """What T2V brings in must itself tell answers that are a difference or a sum of places."""
-        brought = self.hidden.get("brought")
-        terms = [torch.zeros(())]
+        brought, total = self.hidden.get("brought"), torch.zeros(())
         for kind, answers in ANSWERS.items():
             found = [
                 (row, start - 1 - packed.text_start, answers.index(qa.answer))
@@ -197,10 +198,9 @@ class OrderGuide(nn.Module):
             ]
             if found and brought is not None:
                 rows, columns, target = map(torch.tensor, zip(*found, strict=True))
-                terms.append(
-                    _cross_entropy(self.answers[kind](brought[rows, columns].float()), target)
-                )
-        return torch.stack([term.to(terms[-1].device) for term in terms]).sum()
+                logits = self.answers[kind](brought[rows, columns].float())
+                total = total + _cross_entropy(logits, target)
+        return total
 
     def object_loss(self, orders: list[Order], kept: torch.Tensor | None) -> torch.Tensor:
         """Mean -log(share of V2V attention on what came last), of the frames that show it."""
