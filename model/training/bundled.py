@@ -299,7 +299,7 @@ class Trainer(Updates):
         """Batches without end, as the curriculum wants them at that moment."""
         while True:
             self.level = self.curriculum.sample_level(self.rng)
-            self.guided.weight = self.args.guide * max(0.2, 1 - self.done / 0.8)
+            self.guided.weight = self.args.guide * min(1.0, max(0.2, (1 - self.done) / 0.3))
             self.guided.keep = self.args.keep if self.done < WHOLE_FROM else 1.0
             yield self.batch("train", self.level, self.curriculum.kinds_at(self.level), self.rng)
 

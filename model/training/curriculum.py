@@ -19,7 +19,7 @@ AT_LEAST = ((0.1, 3), (0.15, 4), (0.25, 5), (0.35, 6), (0.45, 7), (0.65, 8), (0.
 # Numbers need the most examples (a digit must be bound to its place), and a video has few signs.
 SHARE = {
     "outside": 0.08, "absent": 0.35, "exists": 0.4, "number": 2.5, "word": 1.2, "before": 2.5,
-    "after": 2.5, "scenes": 0.5, "count": 1.5, "direction": 1.5,
+    "after": 2.5, "scenes": 1.0, "count": 1.5, "direction": 2.5,
 }  # fmt: skip
 
 

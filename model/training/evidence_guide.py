@@ -70,6 +70,9 @@ class EvidenceGuide:
     ) -> torch.Tensor:
         """Mean of -log(share of attention on the evidence) over answer tokens that have any.
 
+        Of a movement in the last layer: over all of its patches alike, each by itself, because a
+        way is the difference between two middles, and a share may lie anywhere.
+
         `kept` (B, T, n): the patches in the memory, where not all are.
         """
         terms, weights = [], []
@@ -103,9 +106,10 @@ class EvidenceGuide:
                 # By then self-attention has found when something came: a way is the difference
                 # between where it was then, which one head is for, and where it was all the time.
                 target[apart, 0] = _first_frame(evidence[apart]).flatten(1)
-                share = (scores.softmax(-1) * target.to(scores.device)).sum(-1)
-                each, any_head = (share + 1e-4).log().mean(1), (share.mean(1) + 1e-4).log()
-                terms.append(-each.where(apart.to(each.device), any_head))
+                target, logs = target.to(scores.device), scores.log_softmax(-1)
+                each = (logs * target).sum(-1) / target.sum(-1).clamp_min(1)
+                share = (logs.exp() * target).sum(-1).mean(1)
+                terms.append(-each.mean(1).where(apart.to(each.device), (share + 1e-4).log()))
                 weights.append(torch.where(apart, WAY_WEIGHT, 1.0).to(each.device))
         if not terms:
             return torch.zeros(())

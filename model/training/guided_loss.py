@@ -9,20 +9,23 @@ import torch
 import torch.nn.functional as F
 
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
-from model.training.evidence_guide import EvidenceGuide
+from model.training.evidence_guide import EvidenceGuide, patches_in
 from model.training.losses import AnswerLoss, answer_columns
+from model.training.order import Order
 from model.training.order_guide import OrderGuide
-from model.training.packing import IGNORE, Packed
+from model.training.packing import IGNORE, Packed, links
 from model.training.world_questions import QA
 
 Right = list[tuple[QA, bool]]
+LINK_WEIGHT = 4.0  # of a separator and of a list's end: one token decides whether more is to come
 
 
 class GuidedLoss(AnswerLoss):
     """Cross-entropy of answers' tokens, summed, and two guides; leaves which are right in `right`.
 
     `weight` is that of the guides, `keep` the share of patches that stay in the memory: most of a
-    step's cost is their keys and values, and most of them show background. `separators`: ids of
+    step's cost is their keys and values, and most of them show background. What shows an object or
+    a sign stays: where something is would be uncertain without a part of it. `separators`: ids of
     the tokens between the parts of an answer.
     """
 
@@ -32,8 +35,10 @@ class GuidedLoss(AnswerLoss):
         super().__init__(crosslmm)
         self.evidence = EvidenceGuide(crosslmm, separators)
         self.order = OrderGuide(crosslmm, separators)
+        self.separators = separators
         self.weight, self.keep = 0.0, 1.0
         self.kept: torch.Tensor | None = None  # (B, T, n) patches that stayed
+        self.orders: list[Order] = []
         self.right: Right = []  # which of the last batch's answers are right in every token
         self.astray = self.disorder = self.lost = 0.0
         self._embed = crosslmm.model.embed_frames
@@ -41,25 +46,40 @@ class GuidedLoss(AnswerLoss):
 
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
         """The loss of a batch with `packed` and `videos` beside its tensors."""
+        if self.training:
+            self.orders = [Order.of(video) for video in batch["videos"]]
         logits, targets = self.student(batch, batch["video_features"])
         self.right = right_answers(batch, logits.argmax(-1))
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        loss = F.cross_entropy(logits.float(), targets, reduction="none") @ self._weights(batch)
         if self.training and self.weight:
             off = self.evidence.loss(batch["packed"], batch["videos"], self.kept)
-            unknown, lost = self.order.loss(batch["packed"], batch["videos"], self.kept)
+            unknown, lost = self.order.loss(batch["packed"], self.orders, self.kept)
             self.astray, self.disorder, self.lost = off.item(), unknown.item(), lost.item()
             loss = loss + len(targets) * self.weight * (off + unknown + lost)
         return loss
 
+    def _weights(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The weight (tokens,) of each answer token in training."""
+        labels = batch["labels"]
+        weights = torch.ones(labels.shape, device=labels.device)
+        for row, spans in enumerate(batch["packed"].spans if self.training else ()):
+            for qa, start, end in spans:
+                if qa.kind == "scenes":
+                    weights[row, links(labels[row], start, end, self.separators)] = LINK_WEIGHT
+        columns, wanted, _ = answer_columns(labels)
+        return weights[:, columns + 1][wanted]
+
     def _embed_some(
         self, features: torch.Tensor, times: torch.Tensor, grid: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`embed_frames` with a random part of each frame's patches left out of the memory."""
+        """`embed_frames` with a random part of each frame's background left out of the memory."""
         pooled, memory = self._embed(features, times, grid)
         self.kept = None
         if self.training and self.keep < 1:
-            count = round(self.keep * memory.shape[2])
-            self.kept = torch.rand(memory.shape[:3], device=memory.device).topk(count).indices
+            grid, count = self.evidence.grid, round(self.keep * memory.shape[2])
+            shown = [patches_in(boxes, grid) for order in self.orders for boxes in order.shown]
+            rank = torch.rand(memory.shape[:3]) + torch.stack(shown).view(memory.shape[:3])
+            self.kept = rank.topk(count).indices.to(memory.device)
             memory = memory.gather(2, self.kept.unsqueeze(-1).expand(-1, -1, -1, memory.shape[3]))
         return pooled, memory
 

@@ -41,12 +41,14 @@ class Order:
     last: torch.Tensor  # (E,) index of the last frame that shows it
     copies: torch.Tensor  # (T,) how many there are of the only kind of object; IGNORE
     boxes: tuple[tuple[Box, ...], ...]  # of the T frames: where that is which came last
+    shown: tuple[tuple[Box, ...], ...]  # of the T frames: everything, signs too
 
     @classmethod
     def of(cls, video: Video) -> Order:
         """That of the frames that were sampled."""
         times = video.times.tolist()
-        came = make_timeline(video.scenes, times).appearances
+        timeline = make_timeline(video.scenes, times)
+        came = timeline.appearances
         firsts = [one.first for one in came]
         seen = [[one for one in came if t in one.seen] for t in times]
         alone = [here[0] if len(here) == 1 else None for here in seen]
@@ -60,6 +62,13 @@ class Order:
             torch.from_numpy(np.searchsorted(video.times, [one.seen[-1] for one in came])),
             torch.tensor([_copies(one, t) for one, t in zip(alone, times, strict=True)]),
             tuple(_newest(here, t) for here, t in zip(seen, times, strict=True)),
+            tuple(
+                (
+                    *(box for one in here for box in one.boxes(t)),
+                    *(one.sign.box for one in timeline.signs if t in one.seen),
+                )
+                for here, t in zip(seen, times, strict=True)
+            ),
         )
 
     @property

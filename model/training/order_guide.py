@@ -20,10 +20,9 @@ from torch import nn
 
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training.evidence_guide import patches_in
-from model.training.library import Video
 from model.training.order import HEADS, MOTIONS, NOWHERE, READERS, Order
 from model.training.outputs import Outputs
-from model.training.packing import IGNORE, Packed, answer_parts
+from model.training.packing import IGNORE, Packed, answer_parts, links
 from model.training.shown import ShownHead, ShownLook
 from model.training.world_facts import NOUN_IDS
 from model.training.world_parts import MAX_COUNT
@@ -36,6 +35,7 @@ from model.training.world_questions import QA
 NEIGHBOUR, NEWS, NEIGHBOUR_AGAIN, ASKED = 0, 1, 2, 4
 # Kinds whose answer a linear head reads from what the last T2V branch brings.
 ANSWERS = {"direction": MOTIONS, "count": tuple(map(str, range(1, MAX_COUNT + 1)))}
+LINK_WEIGHT = 5.0  # of a token from which the next part of a list is found: it is one of seven
 LOOKS = (0, 2)  # layers in which frames look at what came last, in themselves
 # Layers after which visual tokens are to know something. Text reads it in the layers that follow,
 # so the last ones would be too late.
@@ -89,13 +89,12 @@ class OrderGuide(nn.Module):
         ]
 
     def loss(
-        self, packed: Packed, videos: list[Video], kept: torch.Tensor | None = None
+        self, packed: Packed, orders: list[Order], kept: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of what is to be known of visual tokens, and that of the shown heads' attention.
 
         `kept` (B, T, n): the patches in the memory, where not all are.
         """
-        orders = [Order.of(video) for video in videos]
         news = torch.stack([order.news for order in orders])
         places = torch.arange(news.shape[1]).expand_as(news)
         known = {
@@ -154,17 +153,18 @@ class OrderGuide(nn.Module):
         `known` (B, T): the labels that it is to read, by name.
         """
         wanted = [
-            (row, column, frames[head], qa.kind)
+            (row, column, frames[head], qa.kind, LINK_WEIGHT if column in linked else 1.0)
             for row, (spans, order) in enumerate(zip(packed.spans, orders, strict=True))
             for qa, start, end in spans
+            for linked in [links(packed.input_ids[row], start, end, self.separators)]
             for frames, part in self._asked(order, qa, packed.input_ids[row], start, end)
             for column in part
             if frames[head] != IGNORE
         ]
         if (ASKED, head) not in self.shown or not wanted:
             return torch.zeros(()), torch.zeros(())
-        *place, kinds = zip(*wanted, strict=True)
-        rows, columns, frames = map(torch.tensor, place)
+        rows, columns, frames, kinds, weights = zip(*wanted, strict=True)
+        rows, columns, frames, weights = map(torch.tensor, (rows, columns, frames, weights))
         text, count = slice(packed.text_start, None), len(orders[0].event)
         shares, read = self.shown[ASKED, head].attention(text, packed, count)
         # The column before a token predicts it.
@@ -175,7 +175,8 @@ class OrderGuide(nn.Module):
             reads = torch.tensor([name in READERS.get(kind, ()) for kind in kinds])
             target = labels[rows, frames].where(reads & (frames != NOWHERE), IGNORE)
             misread = misread + _cross_entropy(self.readers[name](read[place].float()), target)
-        return -(shares[(*place, frames)].clamp_min(0) + 1e-4).log().mean(), misread
+        logs, weights = (shares[(*place, frames)].clamp_min(0) + 1e-4).log(), weights.to(shares)
+        return -(logs * weights).sum() / weights.sum(), misread
 
     def _asked(
         self, order: Order, qa: QA, ids: torch.Tensor, start: int, end: int
@@ -203,7 +204,10 @@ class OrderGuide(nn.Module):
         return total
 
     def object_loss(self, orders: list[Order], kept: torch.Tensor | None) -> torch.Tensor:
-        """Mean -log(share of V2V attention on what came last), of the frames that show it."""
+        """Mean -log(share of V2V attention) of the patches of what came last, all alike.
+
+        Only its middle tells how it moves, and a share alone may lie anywhere on it.
+        """
         wanted = torch.stack(
             [
                 torch.stack([patches_in(boxes, self.grid).flatten() for boxes in order.boxes])
@@ -215,5 +219,5 @@ class OrderGuide(nn.Module):
         shows = wanted.any(-1)
         if not self.looks or not shows.any():
             return torch.zeros(())
-        found = [look.mass(wanted)[shows.to(look.branch.gate.device)] for look in self.looks]
-        return torch.stack([-(mass + 1e-4).log().mean() for mass in found]).sum()
+        found = [look.logs(wanted)[shows.to(look.branch.gate.device)] for look in self.looks]
+        return torch.stack([-logs.mean() for logs in found]).sum()

@@ -120,3 +120,9 @@ def answer_parts(
     """
     begins = [start, *(c for c in range(start + 1, end - 1) if int(ids[c]) in separators)]
     return list(map(range, begins, [*begins[1:], end - 1]))
+
+
+def links(ids: torch.Tensor, start: int, end: int, separators: Container[int]) -> list[int]:
+    """Columns of an answer at which it is decided whether more comes: separators and its end."""
+    parts = answer_parts(ids, start, end, separators)
+    return [*(part[0] for part in parts[1:]), end - 1]
