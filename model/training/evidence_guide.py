@@ -70,8 +70,8 @@ class EvidenceGuide:
     ) -> torch.Tensor:
         """Mean of -log(share of attention on the evidence) over answer tokens that have any.
 
-        Of a movement in the last layer: over all of its patches alike, each by itself, because a
-        way is the difference between two middles, and a share may lie anywhere.
+        Of a movement in the last layer: one head's on its first frame, the others' on the later
+        half of its frames, because a way is the difference between two places.
 
         `kept` (B, T, n): the patches in the memory, where not all are.
         """
@@ -103,13 +103,13 @@ class EvidenceGuide:
                 scores = scores.flatten(1, 2)
                 target = evidence.flatten(1)[:, None].repeat(1, scores.shape[1], 1)
                 apart = way if layer == self.layers[-1] else torch.zeros_like(way)
-                # By then self-attention has found when something came: a way is the difference
-                # between where it was then, which one head is for, and where it was all the time.
-                target[apart, 0] = _first_frame(evidence[apart]).flatten(1)
-                target, logs = target.to(scores.device), scores.log_softmax(-1)
-                each = (logs * target).sum(-1) / target.sum(-1).clamp_min(1)
-                share = (logs.exp() * target).sum(-1).mean(1)
-                terms.append(-each.mean(1).where(apart.to(each.device), (share + 1e-4).log()))
+                # By then self-attention has found when something came and when it was last there.
+                first, late = _first_and_late(evidence[apart])
+                target[apart, 0], target[apart, 1:] = first.flatten(1), late.flatten(1)[:, None]
+                share = (scores.softmax(-1) * target.to(scores.device)).sum(-1)
+                each, any_head = (share + 1e-4).log().mean(1), (share.mean(1) + 1e-4).log()
+                each = each.where(apart.to(each.device), any_head)
+                terms.append(-each)
                 weights.append(torch.where(apart, WAY_WEIGHT, 1.0).to(each.device))
         if not terms:
             return torch.zeros(())
@@ -117,7 +117,8 @@ class EvidenceGuide:
         return (torch.cat(terms) * weight).sum() / weight.sum()
 
 
-def _first_frame(evidence: torch.Tensor) -> torch.Tensor:
-    """The patches (n, T, N) of the first frame that shows any, of each."""
+def _first_and_late(evidence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The patches (n, T, N) of the first frame that shows any, and of the later half of them."""
     shows = evidence.any(2)
-    return evidence & (shows & (shows.cumsum(1) == 1))[:, :, None]
+    place, count = shows.cumsum(1), shows.sum(1, keepdim=True)
+    return evidence & (shows & (place == 1))[..., None], evidence & (2 * place > count)[..., None]

@@ -204,10 +204,7 @@ class OrderGuide(nn.Module):
         return total
 
     def object_loss(self, orders: list[Order], kept: torch.Tensor | None) -> torch.Tensor:
-        """Mean -log(share of V2V attention) of the patches of what came last, all alike.
-
-        Only its middle tells how it moves, and a share alone may lie anywhere on it.
-        """
+        """Mean -log(share of V2V attention on what came last), of the frames that show it."""
         wanted = torch.stack(
             [
                 torch.stack([patches_in(boxes, self.grid).flatten() for boxes in order.boxes])
@@ -219,5 +216,5 @@ class OrderGuide(nn.Module):
         shows = wanted.any(-1)
         if not self.looks or not shows.any():
             return torch.zeros(())
-        found = [look.logs(wanted)[shows.to(look.branch.gate.device)] for look in self.looks]
-        return torch.stack([-logs.mean() for logs in found]).sum()
+        found = [look.mass(wanted)[shows.to(look.branch.gate.device)] for look in self.looks]
+        return torch.stack([-(mass + 1e-4).log().mean() for mass in found]).sum()

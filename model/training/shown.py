@@ -56,8 +56,8 @@ class ShownLook:
         for name in ("q_proj", "k_proj"):
             seen.watch((layer, "v2v", name), getattr(self.branch, name))
 
-    def logs(self, wanted: torch.Tensor) -> torch.Tensor:
-        """Mean log share of attention of wanted patches (B, T, N) and a frame's tokens, (B, T)."""
+    def mass(self, wanted: torch.Tensor) -> torch.Tensor:
+        """Share of attention on wanted patches (B, T, N), mean over a frame's tokens, (B, T)."""
         query, key = (
             self.seen[self.layer, "v2v", name][..., : self.branch.head_dim]
             for name in ("q_proj", "k_proj")
@@ -65,6 +65,5 @@ class ShownLook:
         batch, frames, tokens = wanted.shape
         query = query.reshape(batch, frames, -1, self.branch.head_dim)
         key = key.reshape(batch, frames, tokens, self.branch.head_dim)
-        logs = ((query @ key.mT).float() * self.branch.scaling).log_softmax(-1).mean(2)
-        wanted = wanted.to(logs.device)
-        return (logs * wanted).sum(-1) / wanted.sum(-1).clamp_min(1)
+        shares = ((query @ key.mT).float() * self.branch.scaling).softmax(-1)
+        return (shares * wanted.to(shares.device)[:, :, None]).sum(-1).mean(-1)
