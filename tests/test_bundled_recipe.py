@@ -249,7 +249,7 @@ def evidence_packed(kind: str, evidence: tuple[Evidence, ...], ids: list[int]) -
 
 
 def test_a_way_is_looked_for_in_its_first_frame_by_one_head() -> None:
-    guide, model, video = evenly_looking()
+    guide, _, video = evenly_looking()
     branch = guide.branches[4]
     heads, keys, width = 4, branch.k_proj.out_features // branch.head_dim, branch.head_dim
     query, key = torch.randn(1, 7, heads * width), torch.randn(1, 144, keys * width)

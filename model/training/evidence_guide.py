@@ -108,8 +108,7 @@ class EvidenceGuide:
                 target[apart, 0], target[apart, 1:] = first.flatten(1), late.flatten(1)[:, None]
                 share = (scores.softmax(-1) * target.to(scores.device)).sum(-1)
                 each, any_head = (share + 1e-4).log().mean(1), (share.mean(1) + 1e-4).log()
-                each = each.where(apart.to(each.device), any_head)
-                terms.append(-each)
+                terms.append(-each.where(apart.to(each.device), any_head))
                 weights.append(torch.where(apart, WAY_WEIGHT, 1.0).to(each.device))
         if not terms:
             return torch.zeros(())
