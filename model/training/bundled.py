@@ -61,6 +61,8 @@ QUESTIONS_PER_STEP = 48
 QUESTIONS_PER_VIDEO = 16  # at most; a long video is paid for mostly by its frames
 TRIES = 12  # videos drawn to find one that allows a kind of question
 MOST_VIDEOS = 24  # of short ones; a frame has one sign at most, and numbers need many examples
+GUIDED_UNTIL = 0.7  # of the training time: then the guides' weight sinks
+GUIDE_LEFT = 0.2  # share of the guides' weight that stays to the end
 WHOLE_FROM = 0.8  # of the training time: from here on every patch is in the memory
 VARIED_FROM = 12  # frames at which "when" is good: then videos start late and are sampled thinly
 INTERVALS = (1, 1, 1, 2, 3, 5, 7)  # seconds between sampled frames, once "when" works
@@ -299,7 +301,8 @@ class Trainer(Updates):
         """Batches without end, as the curriculum wants them at that moment."""
         while True:
             self.level = self.curriculum.sample_level(self.rng)
-            self.guided.weight = self.args.guide * min(1.0, max(0.2, (1 - self.done) / 0.3))
+            fade = (1 - self.done) / (1 - GUIDED_UNTIL)
+            self.guided.weight = self.args.guide * min(1.0, max(GUIDE_LEFT, fade))
             self.guided.keep = self.args.keep if self.done < WHOLE_FROM else 1.0
             yield self.batch("train", self.level, self.curriculum.kinds_at(self.level), self.rng)
 

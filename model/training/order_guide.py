@@ -35,7 +35,7 @@ from model.training.world_questions import QA
 NEIGHBOUR, NEWS, NEIGHBOUR_AGAIN, ASKED = 0, 1, 2, 4
 # Kinds whose answer a linear head reads from what the last T2V branch brings.
 ANSWERS = {"direction": MOTIONS, "count": tuple(map(str, range(1, MAX_COUNT + 1)))}
-LINK_WEIGHT = 5.0  # of a token from which the next part of a list is found: it is one of seven
+LINK_LOOK_WEIGHT = 5.0  # where a list's next part is looked for: one of its seven tokens
 LOOKS = (0, 2)  # layers in which frames look at what came last, in themselves
 # Layers after which visual tokens are to know something. Text reads it in the layers that follow,
 # so the last ones would be too late.
@@ -153,7 +153,7 @@ class OrderGuide(nn.Module):
         `known` (B, T): the labels that it is to read, by name.
         """
         wanted = [
-            (row, column, frames[head], qa.kind, LINK_WEIGHT if column in linked else 1.0)
+            (row, column, frames[head], qa.kind, LINK_LOOK_WEIGHT if column in linked else 1.0)
             for row, (spans, order) in enumerate(zip(packed.spans, orders, strict=True))
             for qa, start, end in spans
             for linked in [links(packed.input_ids[row], start, end, self.separators)]
