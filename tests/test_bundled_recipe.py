@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 
 from model.loading import load
@@ -17,7 +18,7 @@ from model.map_capture import MapCapture
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training import bundled
 from model.training.ablation import VARIANTS
-from model.training.bundled import Trainer
+from model.training.bundled import HEADS_FILE, Trainer
 from model.training.curriculum import FIRST, LEVELS, Curriculum
 from model.training.encoder import (
     CLASSES,
@@ -32,11 +33,11 @@ from model.training.encoder import (
     mirrored,
 )
 from model.training.evidence_guide import WAY_WEIGHT, EvidenceGuide, patches_in
-from model.training.guided_loss import LINK_WEIGHT, GuidedLoss, right_answers
+from model.training.guided_loss import LINK_WEIGHT, TOGETHER_WEIGHT, GuidedLoss, right_answers
 from model.training.library import Shot, Video
 from model.training.masking import evidence_stretches, other_stretch
 from model.training.order import FAR, MOTIONS, NOWHERE, Order
-from model.training.order_guide import OrderGuide
+from model.training.order_guide import NEAR, OrderGuide, place_loss
 from model.training.outputs import Outputs
 from model.training.packing import IGNORE, Packed, answer_parts, links
 from model.training.release import EXAMPLES, KINDS_FILE, release
@@ -176,16 +177,19 @@ def test_an_earlier_layer_is_asked_for_the_middles_of_objects() -> None:
 
 def test_visual_tokens_are_asked_what_came_last_and_what_before_it() -> None:
     def shown(*nouns: str) -> Scene:
-        things = tuple(Actor(noun, 0.2, 0.2, 0.5, 0.5, 0.5, 0.5, 0, 3) for noun in nouns)
-        return Scene(3.0, GREY, things)
+        places = [(0.7 - 0.3 * i, 0.5) * 2 for i in range(len(nouns))]
+        things = (Actor(n, 0.2, 0.2, *way, 0, 3) for n, way in zip(nouns, places, strict=True))
+        return Scene(3.0, GREY, tuple(things))
 
     scenes = [shown(), shown("cat"), shown(), shown("owl"), shown("dog", "pig"), shown("bee")]
     placed = tuple(Placed(scene, 3.0 * i) for i, scene in enumerate(scenes))
     times = np.arange(18) + 0.5
     order = Order.of(Video(placed, times, np.arange(18)))
-    cat, owl, bee = (NOUN_IDS[noun] for noun in ("cat", "owl", "bee"))
-    assert order.labels(0)[::3].tolist() == [0, cat, cat, owl, IGNORE, bee]
-    assert order.labels(1)[::3].tolist() == [0, 0, 0, cat, IGNORE, IGNORE]
+    cat, owl, bee, dog, pig = (NOUN_IDS[noun] for noun in ("cat", "owl", "bee", "dog", "pig"))
+    assert order.came(0)[::3].tolist() == [0, cat, cat, owl, pig, bee]  # the leftmost
+    assert order.came(1)[::3].tolist() == [0, 0, 0, 0, dog, 0]
+    assert order.came(2)[::3].tolist() == [0] * 6
+    assert order.previous[::3].tolist() == [0, 0, 0, cat, IGNORE, IGNORE]
     assert order.crowded[::3].tolist() == [False, False, False, False, True, False]
     assert order.news[::3].tolist() == [IGNORE, 3, 3, 9, 12, 15]
     asked = {  # of the three heads: where an object comes in, or what the one is needed for
@@ -225,6 +229,17 @@ def test_a_separator_and_the_end_of_a_list_weigh_more_while_training() -> None:
     more = LINK_WEIGHT
     assert loss.train()._weights(batch).tolist() == [1, 1, more, 1, more, 1, 1, 1]
     assert loss.eval()._weights(batch).tolist() == [1] * 8
+
+
+def test_names_at_one_time_weigh_more_while_training() -> None:
+    loss = GuidedLoss(tiny_model(), separators=(7, 8))
+    labels = torch.full((1, 12), IGNORE)
+    labels[0, 2:10] = torch.tensor([3, 4, 8, 5, 7, 3, 6, 0])
+    spans = [[(QA("scenes", "?", "0:01 a cat and a dog, 0:04 a bee"), 2, 10)]]
+    packed = Packed(*[None] * 5, video_start=0, text_start=1, spans=spans)
+    names, link = [TOGETHER_WEIGHT] * 2, LINK_WEIGHT
+    wanted = [*names, link, TOGETHER_WEIGHT, link, 1, 1, link]
+    assert loss.train()._weights({"labels": labels, "packed": packed}).tolist() == wanted
 
 
 def evenly_looking() -> tuple[EvidenceGuide, CrossLMMForConditionalGeneration, Video]:
@@ -303,7 +318,7 @@ def test_a_scene_played_backwards_is_true_of_its_frames_in_the_opposite_order() 
     assert way.answer == "left"
 
 
-def test_frames_know_how_their_only_object_moved_and_how_many_there_are() -> None:
+def test_frames_know_how_what_came_last_moved_and_how_many_there_are() -> None:
     ways = ((0.5, 0.5, 0.5, 0.5), (0.2, 0.5, 0.8, 0.6), (0.5, 0.8, 0.5, 0.3))
     actors = [Actor("cat", 0.2, 0.2, *way, 0, 3) for way in ways]
     creeping = Actor("cat", 0.2, 0.2, 0.5, 0.5, 0.5 + 2.5 * FAR, 0.5, 0, 3)
@@ -314,7 +329,7 @@ def test_frames_know_how_their_only_object_moved_and_how_many_there_are() -> Non
         (actors[1],): (["right"] * 2, [1, 1, 1]),
         (actors[2],): (["up"] * 2, [1, 1, 1]),
         (creeping,): ([None, "right"], [1, 1, 1]),  # too little in the first second
-        pair: ([None] * 2, [1, IGNORE, IGNORE]),
+        pair: ([None, "it stands still"], [1, 1, 1]),  # of the second one, since it came
         twins: ([None] * 2, [2, 2, 2]),
     }
     for things, (moves, copies) in shown.items():
@@ -323,12 +338,18 @@ def test_frames_know_how_their_only_object_moved_and_how_many_there_are() -> Non
         known = [IGNORE if move is None else MOTIONS.index(move) for move in moves]
         assert order.motion.tolist() == [IGNORE, *known]
         assert order.copies.tolist() == copies
+        alone = [things != twins] * 3
+        assert (~order.places.isnan()).all(1).tolist() == alone
+        if things == (actors[2],):
+            places = torch.tensor([[0.5, 0.8 - t / 6] for t in (0.5, 1.5, 2.5)])
+            torch.testing.assert_close(order.places, places)
 
 
 def test_a_video_without_objects_has_no_order() -> None:
     video = Video((Placed(Scene(9.0, GREY), 0.0),), np.arange(4) + 0.5, np.arange(4))
     order = Order.of(video)
-    assert order.labels(0).tolist() == order.labels(1).tolist() == [0] * 4
+    assert order.came(0).tolist() == order.came(2).tolist() == order.previous.tolist() == [0] * 4
+    assert order.places.isnan().all() and order.motion.tolist() == [IGNORE] * 4
     assert order.news.tolist() == [IGNORE] * 4
     assert order.asked(QA("scenes", "?", "")) == [(NOWHERE,) * 3]
 
@@ -398,7 +419,7 @@ def test_shown_heads_are_judged_by_their_share_on_what_they_are_to_look_at() -> 
         reader.weight.zero_()
         reader.bias.zero_()[NOUN_IDS["owl"]] = 9.0  # certain of the answer
         order = Order.of(video)
-        latest, previous = order.labels(0)[None], order.labels(1)[None]
+        latest, previous = order.came(0)[None], order.previous[None]
         _, right = guide.question_loss(packed, [order], 1, {"latest": latest})
         _, wrong = guide.question_loss(packed, [order], 1, {"latest": previous})
         _, unread = guide.question_loss(packed, [order], 0, {"previous": previous})
@@ -410,6 +431,46 @@ def test_shown_heads_are_judged_by_their_share_on_what_they_are_to_look_at() -> 
     looks = (neighbour, neighbour, news, asked, away, away)
     means = [-(torch.tensor(x) + 1e-4).log().mean() for x in looks]
     torch.testing.assert_close(found, sum(means))
+
+
+def test_places_are_judged_by_their_distance() -> None:
+    places = torch.tensor([[0.2, 0.6], [0.5, 0.5], [torch.nan, torch.nan]])
+    told = torch.tensor([[0.2, 0.63], [0.2, 0.6], [0.0, 0.0]])
+    far = (0.3 - NEAR / 2) + (0.1 - NEAR / 2)
+    wanted = torch.tensor((0.03**2 / (2 * NEAR) + far) / 4 / NEAR)
+    torch.testing.assert_close(place_loss(told, places), wanted)
+    assert place_loss(told, places + torch.nan) == 0
+
+
+def test_places_are_read_where_an_answer_about_a_movement_looks() -> None:
+    model = tiny_model(text={"num_hidden_layers": 5})
+    guide = OrderGuide(model, separators=(7,))
+    scenes = [Scene(30.0, GREY, (Actor(noun, *[0.3] * 6, 0, 30),)) for noun in ("cat", "owl")]
+    placed = tuple(Placed(scene, 30.0 * i) for i, scene in enumerate(scenes))
+    order = Order.of(Video(placed, np.arange(4) * 15.0, np.arange(4)))
+    way = QA("direction", "Where does the owl go?", "up")
+    packed = Packed(
+        input_ids=torch.full((1, 12), 9),
+        attention_mask=torch.ones(1, 1, 12, 12, dtype=torch.bool).tril(),
+        position_ids=torch.arange(12)[None],
+        labels=None,
+        frame_times=None,
+        video_start=2,
+        text_start=6,
+        spans=[[(way, 9, 12)]],
+    )
+    for reader in guide.places.values():
+        reader.requires_grad_(False)
+        reader.weight.zero_()
+        reader.bias.copy_(torch.tensor([0.3, 0.3]))  # where they are
+    with torch.no_grad():
+        model(input_ids=packed.input_ids, position_ids=packed.position_ids)
+        assert guide.reading_loss(packed, [order], order.places[None]) < 1e-6
+        guide.places["2"].bias[1] += 4 * NEAR
+        found = guide.reading_loss(packed, [order], order.places[None])
+        torch.testing.assert_close(found, torch.tensor(3.5 / 2))
+        packed.spans[0][0] = (QA("count", "How many owls?", "1"), 9, 12)
+        assert guide.reading_loss(packed, [order], order.places[None]) == 0
 
 
 def test_what_text_to_visual_attention_brings_must_tell_ways_and_counts() -> None:
@@ -552,6 +613,42 @@ def test_an_ablation_starts_from_a_model_with_more_branches(
     assert missing and all(".t2v." in name for name in missing)
     with pytest.raises(InputError, match="another model"):
         few_scenes(recipe, monkeypatch, *more, "--override", '{"patch_position": "none"}')
+
+
+def test_another_run_goes_on_with_the_heads_that_it_has_in_common(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = ("--library", str(recipe / "library"), "--encoder", str(recipe / "encoder"))
+    (tmp_path / "first").mkdir()
+    first = few_scenes(recipe, monkeypatch, *made, "--out", str(tmp_path / "first"))
+    first.save()
+    heads = load_file(tmp_path / "first" / HEADS_FILE)
+    fewer = {k: v for k, v in heads.items() if not k.startswith("heads.third.")}
+    save_file(fewer | {"heads.copies.bias": torch.zeros(2)}, tmp_path / "first" / HEADS_FILE)
+    (tmp_path / "second").mkdir()
+    start = ("--out", str(tmp_path / "second"), "--start", str(tmp_path / "first" / "model"))
+    own = few_scenes(recipe, monkeypatch, *made, *start, "--seed", "1").guided.order.state_dict()
+    differ = {name for name, tensor in own.items() if not torch.equal(tensor, heads[name])}
+    assert differ == {"heads.third.weight", "heads.third.bias", "heads.copies.bias"}
+
+
+def test_half_of_the_videos_for_lists_have_things_that_come_together(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundled, "FRAMES_PER_STEP", 36)
+    made = ("--library", str(recipe / "library"), "--encoder", str(recipe / "encoder"))
+    (recipe / "lists").mkdir()
+    trainer = few_scenes(recipe, monkeypatch, *made, "--out", str(recipe / "lists"))
+    trainer.library.shots = trainer.shots["train"]
+
+    def lists(share: float) -> float:
+        monkeypatch.setattr(bundled, "TOGETHER", share)
+        batches = [trainer.batch("train", 3, ["scenes"], random.Random(i)) for i in range(40)]
+        spans = [span for batch in batches for row in batch["packed"].spans for span in row]
+        asked = [qa.answer for qa, _, _ in spans if qa.kind == "scenes"]
+        return sum(" and " in answer for answer in asked) / len(asked)
+
+    assert lists(1.0) > lists(0.0) + 0.3
 
 
 def test_answers_are_right_when_every_token_is() -> None:

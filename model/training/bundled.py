@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GenerationConfig, SiglipVisionModel
@@ -60,6 +60,7 @@ FRAMES_PER_STEP = 80
 QUESTIONS_PER_STEP = 48
 QUESTIONS_PER_VIDEO = 16  # at most; a long video is paid for mostly by its frames
 TRIES = 12  # videos drawn to find one that allows a kind of question
+TOGETHER = 0.5  # of the videos drawn for a list: it names things that came together; 1 in 8 does
 MOST_VIDEOS = 24  # of short ones; a frame has one sign at most, and numbers need many examples
 GUIDED_UNTIL = 0.7  # of the training time: then the guides' weight sinks
 GUIDE_LEFT = 0.2  # share of the guides' weight that stays to the end
@@ -68,6 +69,7 @@ VARIED_FROM = 12  # frames at which "when" is good: then videos start late and a
 INTERVALS = (1, 1, 1, 2, 3, 5, 7)  # seconds between sampled frames, once "when" works
 WEIGHT_DECAY = 0.05
 HEADS_RATE = 4  # times the learning rate: what a linear head has not found, it cannot teach
+HEADS_FILE = "heads.safetensors"  # beside OUT/model: the guides' linear heads, for `--start`
 HELD_OUT_SCENES = 400  # the library's last scenes are never trained on
 
 
@@ -208,6 +210,11 @@ class Trainer(Updates):
     def _prepare(self) -> None:
         (comma,), (_, and_, _) = self.prompt.encode(","), self.prompt.encode("a and a")
         loss = GuidedLoss(self.crosslmm, (comma, and_))
+        if self.args.start is not None and (self.args.start.parent / HEADS_FILE).exists():
+            # Those of new questions begin anew; without the old ones, much would be unlearnt.
+            taken, own = load_file(self.args.start.parent / HEADS_FILE), loss.order.state_dict()
+            same = {k: v for k, v in taken.items() if k in own and v.shape == own[k].shape}
+            loss.order.load_state_dict(same, strict=False)
         self.crosslmm.model.vision_tower.requires_grad_(False)
         rates = dict.fromkeys(STAGES["2"].rates, self.args.learning_rate)
         groups = parameter_groups(self.crosslmm, rates, WEIGHT_DECAY)
@@ -251,8 +258,9 @@ class Trainer(Updates):
             )
 
     def save(self) -> None:
-        """Write a checkpoint to go on from, and the model as it is, into OUT/model."""
+        """Write a checkpoint to go on from, the guides' heads, and the model into OUT/model."""
         super().save()
+        save_file(self.guided.order.state_dict(), self.out / HEADS_FILE)
         self.crosslmm.save_pretrained(self.out / "model")
         self.processor.save_pretrained(self.out / "model")
         (self.out / "model" / KINDS_FILE).write_text(json.dumps(list(self.curriculum.level)))
@@ -270,11 +278,13 @@ class Trainer(Updates):
             start = rng.choice((0, rng.uniform(0, 2400))) if varied else 0
             # Each video is made for one kind, or signs would be in too few of them.
             (wanted,) = rng.choices(kinds, [self.curriculum.weight(kind) for kind in kinds])
+            together = wanted == "scenes" and rng.random() < TOGETHER
             for _ in range(TRIES):
                 video = self.library.video(rng, frames, interval, start)
                 found = questions(video.scenes, rng, kinds, video.times.tolist(), per_kind=3)
                 found += self._refused(video, rng)
-                if any(qa.kind == wanted for qa in found):
+                mine = [qa for qa in found if qa.kind == wanted]
+                if any(" and " in qa.answer or not together for qa in mine):
                     break
             if not found:
                 continue

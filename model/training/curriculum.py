@@ -14,11 +14,13 @@ PROMOTE = 0.85  # exact-match accuracy at its highest level that lets a kind cli
 # From a share of the training time on, every kind is also asked at this level: long videos must
 # not stay unseen because a kind is hard.
 AT_LEAST = ((0.1, 3), (0.15, 4), (0.25, 5), (0.35, 6), (0.45, 7), (0.65, 8), (0.75, 9), (0.88, 10))
+AT_HIGHEST = 0.6  # share of a kind's batches that have the length it is to learn now
+AT_TOP = 0.25  # the same when that is the last one
 # How often a kind is asked, where not 1: these can be asked of every video and would crowd out
 # the others, or have answers of ten times as many tokens.
 # Numbers need the most examples (a digit must be bound to its place), and a video has few signs.
 SHARE = {
-    "outside": 0.08, "absent": 0.35, "exists": 0.4, "number": 2.5, "word": 1.2, "before": 2.5,
+    "outside": 0.08, "absent": 0.35, "exists": 0.4, "number": 3.0, "word": 1.5, "before": 2.5,
     "after": 2.5, "scenes": 1.0, "count": 1.5, "direction": 2.5,
 }  # fmt: skip
 
@@ -48,7 +50,10 @@ class Curriculum:
         kinds = list(self.level)
         (kind,) = rng.choices(kinds, [self.weight(k) for k in kinds])
         highest = self.level[kind]
-        return highest if rng.random() < 0.6 else rng.randint(0, highest)
+        if highest == len(LEVELS) - 1:
+            # Nothing is left to climb for, and a step on shorter videos holds more of them.
+            return highest if rng.random() < AT_TOP else max(rng.choices(range(highest), k=2))
+        return highest if rng.random() < AT_HIGHEST else rng.randint(0, highest)
 
     def kinds_at(self, level: int) -> list[str]:
         """Kinds that may be asked on videos of this length."""

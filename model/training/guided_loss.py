@@ -13,11 +13,13 @@ from model.training.evidence_guide import EvidenceGuide, patches_in
 from model.training.losses import AnswerLoss, answer_columns
 from model.training.order import Order
 from model.training.order_guide import OrderGuide
-from model.training.packing import IGNORE, Packed, links
+from model.training.packing import IGNORE, Packed, answer_parts, links
 from model.training.world_questions import QA
 
 Right = list[tuple[QA, bool]]
 LINK_WEIGHT = 4.0  # of a separator and of a list's end: one token decides whether more is to come
+
+TOGETHER_WEIGHT = 4.0  # of names at one time: few lists have them, and one of two names is luck
 
 
 class GuidedLoss(AnswerLoss):
@@ -65,6 +67,9 @@ class GuidedLoss(AnswerLoss):
         for row, spans in enumerate(batch["packed"].spans if self.training else ()):
             for qa, start, end in spans:
                 if qa.kind == "scenes":
+                    parts = answer_parts(labels[row], start, end, self.separators)
+                    for part, several in zip(parts, _together(qa.answer), strict=False):
+                        weights[row, part] = TOGETHER_WEIGHT if several else 1.0
                     weights[row, links(labels[row], start, end, self.separators)] = LINK_WEIGHT
         columns, wanted, _ = answer_columns(labels)
         return weights[:, columns + 1][wanted]
@@ -82,6 +87,12 @@ class GuidedLoss(AnswerLoss):
             self.kept = rank.topk(count).indices.to(memory.device)
             memory = memory.gather(2, self.kept.unsqueeze(-1).expand(-1, -1, -1, memory.shape[3]))
         return pooled, memory
+
+
+def _together(answer: str) -> list[bool]:
+    """Of each part of a list: whether it has its time in common with others."""
+    moments = [moment.split(" and ") for moment in answer.split(", ")]
+    return [len(names) > 1 for names in moments for _ in names]
 
 
 def right_answers(batch: dict[str, Any], found: torch.Tensor) -> Right:

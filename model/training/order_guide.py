@@ -8,6 +8,9 @@ right one among a hundred. So one head of self-attention in some layers is shown
 single step at a time: the frame before tells what is new here; the last frame with something new
 tells what came last, and where it was then, so which way it moves; the frame before that one knew
 what had come last then. Answers' tokens are shown where to read it.
+
+What moved must be told by a difference of two places. From labels of ways alone frames learnt to
+call everything still, so they and their readers are asked for places, as numbers.
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ from torch import nn
 
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training.evidence_guide import patches_in
-from model.training.order import HEADS, MOTIONS, NOWHERE, READERS, Order
+from model.training.order import HEADS, MOTIONS, NOWHERE, PLACE_HEADS, READERS, Order
 from model.training.outputs import Outputs
 from model.training.packing import IGNORE, Packed, answer_parts, links
 from model.training.shown import ShownHead, ShownLook
 from model.training.world_facts import NOUN_IDS
 from model.training.world_parts import MAX_COUNT
-from model.training.world_questions import QA
+from model.training.world_questions import KINDS, QA
 
 # Layers whose first head is shown where to look: frames at the frame before them, at the last one
 # with something new, and at the frame before them again, which knows more by then. In the last of
@@ -39,7 +42,11 @@ LINK_LOOK_WEIGHT = 5.0  # where a list's next part is looked for: one of its sev
 LOOKS = (0, 2)  # layers in which frames look at what came last, in themselves
 # Layers after which visual tokens are to know something. Text reads it in the layers that follow,
 # so the last ones would be too late.
-LAYERS = {"latest": 1, "copies": 1, "previous": -3, "motion": -3}
+LAYERS = {
+    "latest": 1, "copies": 1, "previous": -3, "motion": -3, "second": -3, "third": -3,
+    "place": -3,
+}  # fmt: skip
+NEAR = 0.05  # of the picture: errors of places below count by their square
 
 
 def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -47,6 +54,15 @@ def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     target = target.to(logits.device)
     total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
     return total / (target != IGNORE).sum().clamp_min(1)
+
+
+def place_loss(told: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Of places (n, 2), by their distance; 0 where none is known."""
+    known = ~places.isnan().any(1)
+    if not known.any():
+        return torch.zeros(())
+    truth = places[known].to(told)
+    return F.smooth_l1_loss(told[known.to(told.device)], truth, beta=NEAR) / NEAR
 
 
 class OrderGuide(nn.Module):
@@ -62,11 +78,13 @@ class OrderGuide(nn.Module):
         for name, layer in LAYERS.items():
             self.hidden.watch(name, layers[layer])
         width, nouns = crosslmm.config.text_config.hidden_size, len(NOUN_IDS) + 1
-        sizes = {"latest": nouns, "previous": nouns}
+        sizes = dict.fromkeys(("latest", "second", "third", "previous"), nouns)
         sizes |= {"motion": len(MOTIONS), "copies": MAX_COUNT + 1}
+        sizes["place"] = 2
         self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in sizes.items()})
         head_dim = layers[0].self_attn.head_dim
         self.readers = nn.ModuleDict({name: nn.Linear(head_dim, sizes[name]) for name in HEADS})
+        self.places = nn.ModuleDict({str(head): nn.Linear(head_dim, 2) for head in PLACE_HEADS})
         shown = [(NEIGHBOUR, 0), (NEWS, 0), (NEIGHBOUR_AGAIN, 0)]
         shown += [(ASKED, head) for head in sorted(set(HEADS.values()))]
         self.answers = nn.ModuleDict(
@@ -97,22 +115,29 @@ class OrderGuide(nn.Module):
         """
         news = torch.stack([order.news for order in orders])
         places = torch.arange(news.shape[1]).expand_as(news)
+        first, second, third = (torch.stack([o.came(i) for o in orders]) for i in range(3))
         known = {
-            "latest": torch.stack([order.labels(0) for order in orders]),
-            "previous": torch.stack([order.labels(1) for order in orders]),
+            "latest": first,
+            "second": second,
+            "third": third,
+            "previous": torch.stack([order.previous for order in orders]),
             "motion": torch.stack([order.motion for order in orders]),
             "copies": torch.stack([order.copies for order in orders]),
         }
-        # Crowded frames are few and hard: what is new must be told from what was there before.
+        # Few and hard ones are asked apart, or the others would hide them: in a crowded frame what
+        # is new must be told from what was there before; most objects stand still and come alone.
         crowded = torch.stack([order.crowded for order in orders])
-        wanted = [
-            ("latest", known["latest"].where(~crowded, IGNORE)),
-            ("latest", known["latest"].where(crowded, IGNORE)),
-            ("previous", known["previous"].where(news == places, IGNORE)),
-            ("motion", known["motion"]),
-            ("copies", known["copies"]),
-        ]
+        rare = {"latest": crowded, "copies": crowded, "motion": known["motion"] > 0}
+        rare |= {"second": second > 0, "third": third > 0}
+        wanted = [("previous", known["previous"].where(news == places, IGNORE))]
+        for name, few in rare.items():
+            wanted.append((name, known[name].where(few, IGNORE)))
+            wanted.append((name, known[name].where(~few, IGNORE)))
         labels = sum(self.label_loss(name, packed, truth) for name, truth in wanted) / 2
+        spots = torch.stack([order.places for order in orders])
+        told = self._told("place", packed, news.shape[1])
+        labels = labels + place_loss(told, spots.flatten(0, 1))
+        labels = labels + self.reading_loss(packed, orders, spots)
         neighbour = (places - 1).where(places > 0, IGNORE)
         looks = [
             self.frame_loss(NEIGHBOUR, packed, neighbour),
@@ -130,10 +155,28 @@ class OrderGuide(nn.Module):
 
     def label_loss(self, name: str, packed: Packed, wanted: torch.Tensor) -> torch.Tensor:
         """Of the last token of each frame; wanted (B, T)."""
+        return _cross_entropy(self._told(name, packed, wanted.shape[1]), wanted.flatten())
+
+    def reading_loss(
+        self, packed: Packed, orders: list[Order], places: torch.Tensor
+    ) -> torch.Tensor:
+        """Of the places (B, T, 2) that two heads of an answer about a movement read."""
+        total, text = torch.zeros(()), slice(packed.text_start, None)
+        for head in PLACE_HEADS:
+            found = self._wanted(packed, orders, head, ("direction",))
+            if (ASKED, head) not in self.shown or not found:
+                continue
+            rows, columns, frames = (torch.tensor([one[i] for one in found]) for i in range(3))
+            _, read = self.shown[ASKED, head].attention(text, packed, places.shape[1])
+            read = read[rows, columns - 1 - packed.text_start].float()
+            total = total + place_loss(self.places[str(head)](read), places[rows, frames])
+        return total
+
+    def _told(self, name: str, packed: Packed, frames: int) -> torch.Tensor:
+        """What a linear head says of each frame's last token, (B * T, C)."""
         hidden = self.hidden[name][:, packed.visual_columns()]
-        hidden = hidden.unflatten(1, (wanted.shape[1], -1))[:, :, -1]
-        logits = self.heads[name](F.layer_norm(hidden.float(), hidden.shape[-1:])).flatten(0, 1)
-        return _cross_entropy(logits, wanted.flatten())
+        hidden = hidden.unflatten(1, (frames, -1))[:, :, -1]
+        return self.heads[name](F.layer_norm(hidden.float(), hidden.shape[-1:])).flatten(0, 1)
 
     def frame_loss(self, layer: int, packed: Packed, wanted: torch.Tensor) -> torch.Tensor:
         """Mean -log(share of attention on the wanted frame) of the last token of each frame."""
@@ -152,15 +195,7 @@ class OrderGuide(nn.Module):
 
         `known` (B, T): the labels that it is to read, by name.
         """
-        wanted = [
-            (row, column, frames[head], qa.kind, LINK_LOOK_WEIGHT if column in linked else 1.0)
-            for row, (spans, order) in enumerate(zip(packed.spans, orders, strict=True))
-            for qa, start, end in spans
-            for linked in [links(packed.input_ids[row], start, end, self.separators)]
-            for frames, part in self._asked(order, qa, packed.input_ids[row], start, end)
-            for column in part
-            if frames[head] != IGNORE
-        ]
+        wanted = self._wanted(packed, orders, head)
         if (ASKED, head) not in self.shown or not wanted:
             return torch.zeros(()), torch.zeros(())
         rows, columns, frames, kinds, weights = zip(*wanted, strict=True)
@@ -177,6 +212,25 @@ class OrderGuide(nn.Module):
             misread = misread + _cross_entropy(self.readers[name](read[place].float()), target)
         logs, weights = (shares[(*place, frames)].clamp_min(0) + 1e-4).log(), weights.to(shares)
         return -(logs * weights).sum() / weights.sum(), misread
+
+    def _wanted(
+        self,
+        packed: Packed,
+        orders: list[Order],
+        head: int,
+        kinds: Container[str] = KINDS,
+    ) -> list[tuple[int, int, int, str, float]]:
+        """Row, column, the frame that a head is to look at, kind and weight of answers' tokens."""
+        return [
+            (row, column, frames[head], qa.kind, LINK_LOOK_WEIGHT if column in linked else 1.0)
+            for row, (spans, order) in enumerate(zip(packed.spans, orders, strict=True))
+            for qa, start, end in spans
+            if qa.kind in kinds
+            for linked in [links(packed.input_ids[row], start, end, self.separators)]
+            for frames, part in self._asked(order, qa, packed.input_ids[row], start, end)
+            for column in part
+            if frames[head] != IGNORE
+        ]
 
     def _asked(
         self, order: Order, qa: QA, ids: torch.Tensor, start: int, end: int

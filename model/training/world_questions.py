@@ -308,7 +308,7 @@ def _stories(timeline: Timeline, rng: random.Random) -> list[_Fact]:
     parts, evidence, count = [], [], 0
     for first, together in list(moments.items())[:MOST_SCENES]:
         names = []
-        for seen in sorted(together, key=_left_edge):
+        for seen in sorted(together, key=left_edge):
             names.append(with_article(seen.noun) if len(seen.actors) == 1 else plural(seen.noun))
             evidence += [replace(one, part=count) for one in _first_frame(timeline, seen)]
             count += 1
@@ -317,7 +317,8 @@ def _stories(timeline: Timeline, rng: random.Random) -> list[_Fact]:
     return [_Fact(", ".join(parts) + more, evidence=tuple(evidence))]
 
 
-def _left_edge(seen: Appearance) -> float:
+def left_edge(seen: Appearance) -> float:
+    """How far left an appearance reaches in its first frame; what comes together is so ordered."""
     return min(left for left, *_ in seen.boxes(seen.first))
 
 
