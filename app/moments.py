@@ -2,10 +2,10 @@
 
 The measure is the share of the attention (text to visual; mean over words, layers and heads) on a
 frame and its neighbours. `python -m tests.bench.moments` asks the bundled model about 13 made-up
-videos of 48 and 128 frames (2026-11-21): the strongest frame lay where the answer is seen, or one
-frame off, for 98 % of the 105 answers (of 226) with a share of .45 or more, for 98 % of the 57 from
-.6 on; for 95 % of those between a third and .45, and for 61 % of those below .2. Of 62 answers
-about what is not to be seen at all, 5 % reached .45 and none .6; 24 % reach a third, too many.
+videos of 48 and 128 frames (2026-11-22): the strongest frame lay where the answer is seen, or one
+frame off, for 98 % of the 101 answers (of 226) with a share of .45 or more, for all of the 49 from
+.6 on; for 97 % of those between a third and .45, and for 62 % of those below .2. Of 62 answers
+about what is not to be seen at all, 6 % reached .45 and one .6; 27 % reach a third, too many.
 """
 
 from __future__ import annotations
