@@ -391,6 +391,20 @@ def test_order_is_read_from_the_last_token_of_each_frame() -> None:
     assert guide.label_loss("latest", packed, nothing) > 1
 
 
+def one_answer(qa: QA) -> Packed:
+    """Four frames of one token, and an answer: two tokens and the end, told by columns 8 to 10."""
+    return Packed(
+        input_ids=torch.full((1, 12), 9),
+        attention_mask=torch.ones(1, 1, 12, 12, dtype=torch.bool).tril(),
+        position_ids=torch.arange(12)[None],
+        labels=None,
+        frame_times=None,
+        video_start=2,
+        text_start=6,
+        spans=[[(qa, 9, 12)]],
+    )
+
+
 def test_shown_heads_are_judged_by_their_share_on_what_they_are_to_look_at() -> None:
     model = tiny_model(text={"num_hidden_layers": 5})
     for layer in model.model.language_model.layers:
@@ -402,16 +416,7 @@ def test_shown_heads_are_judged_by_their_share_on_what_they_are_to_look_at() -> 
     placed = tuple(Placed(scene, 2.0 * i) for i, scene in enumerate(scenes))
     video = Video(placed, np.arange(4) + 0.5, np.arange(4))
     answer = QA("after", "What comes after the cat?", "an owl")
-    packed = Packed(
-        input_ids=torch.full((1, 12), 9),
-        attention_mask=torch.ones(1, 1, 12, 12, dtype=torch.bool).tril(),
-        position_ids=torch.arange(12)[None],
-        labels=None,
-        frame_times=None,
-        video_start=2,
-        text_start=6,
-        spans=[[(answer, 9, 12)]],  # two tokens and the end, predicted by columns 8, 9 and 10
-    )
+    packed = one_answer(answer)
     with torch.no_grad():
         model(input_ids=packed.input_ids, position_ids=packed.position_ids)
         found = guide.loss(packed, [Order.of(video)])[1]
@@ -449,16 +454,7 @@ def test_places_are_read_where_an_answer_about_a_movement_looks() -> None:
     placed = tuple(Placed(scene, 30.0 * i) for i, scene in enumerate(scenes))
     order = Order.of(Video(placed, np.arange(4) * 15.0, np.arange(4)))
     way = QA("direction", "Where does the owl go?", "up")
-    packed = Packed(
-        input_ids=torch.full((1, 12), 9),
-        attention_mask=torch.ones(1, 1, 12, 12, dtype=torch.bool).tril(),
-        position_ids=torch.arange(12)[None],
-        labels=None,
-        frame_times=None,
-        video_start=2,
-        text_start=6,
-        spans=[[(way, 9, 12)]],
-    )
+    packed = one_answer(way)
     for reader in guide.places.values():
         reader.requires_grad_(False)
         reader.weight.zero_()

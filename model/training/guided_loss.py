@@ -18,7 +18,6 @@ from model.training.world_questions import QA
 
 Right = list[tuple[QA, bool]]
 LINK_WEIGHT = 4.0  # of a separator and of a list's end: one token decides whether more is to come
-
 TOGETHER_WEIGHT = 4.0  # of names at one time: few lists have them, and one of two names is luck
 
 
