@@ -40,7 +40,7 @@ from model.training.order import FAR, MOTIONS, NOWHERE, Order
 from model.training.order_guide import NEAR, OrderGuide, place_loss
 from model.training.outputs import Outputs
 from model.training.packing import IGNORE, Packed, answer_parts, links
-from model.training.release import EXAMPLES, KINDS_FILE, release
+from model.training.release import EXAMPLES, release
 from model.training.shown import ShownHead
 from model.training.sign_crops import SignPainter
 from model.training.tokenizer import train_tokenizer
@@ -594,10 +594,15 @@ def test_an_ablation_starts_from_a_model_with_more_branches(
     whole = few_scenes(recipe, monkeypatch, "--steps", "3")
     folder = tmp_path / "model"
     whole.crosslmm.save_pretrained(folder)
-    (folder / KINDS_FILE).write_text(json.dumps(["when", "number"]))
+    whole.processor.tokenizer.model_max_length = 1234
+    whole.processor.save_pretrained(folder)
+    # As a released model says it; a run leaves `kinds.json`.
+    (folder / "card.json").write_text(json.dumps({"kinds": ["when", "number"]}))
     more = ("--out", str(tmp_path), "--library", str(recipe / "library"))
     more += ("--encoder", str(recipe / "encoder"), "--start", str(folder))
     part = few_scenes(recipe, monkeypatch, *more, "--override", '{"t2v": false}')
+    # Its weights know its own tokens only, whatever today's texts would give.
+    assert part.processor.tokenizer.model_max_length == 1234
     weights = part.crosslmm.state_dict()
     assert not any(".t2v." in name for name in weights)
     for name, weight in weights.items():
@@ -609,6 +614,11 @@ def test_an_ablation_starts_from_a_model_with_more_branches(
     assert missing and all(".t2v." in name for name in missing)
     with pytest.raises(InputError, match="another model"):
         few_scenes(recipe, monkeypatch, *more, "--override", '{"patch_position": "none"}')
+    words = ["--start", str(folder), "--out", str(tmp_path / "on")]
+    bundled.make_encoder(bundled.arguments(words))
+    taken = SiglipVisionModel.from_pretrained(tmp_path / "on" / "encoder").state_dict()
+    for name, weight in SiglipVisionModel.from_pretrained(recipe / "encoder").state_dict().items():
+        assert torch.equal(weight, taken[name]), name
 
 
 def test_another_run_goes_on_with_the_heads_that_it_has_in_common(

@@ -44,7 +44,7 @@ from model.training.curriculum import LEVELS, Curriculum
 from model.training.guided_loss import GuidedLoss, batch_of
 from model.training.library import SceneLibrary, Video, encode_library, render_library
 from model.training.packing import PromptIds, pack
-from model.training.release import KINDS_FILE
+from model.training.release import KINDS_FILE, kinds_of
 from model.training.stages import STAGES, parameter_groups
 from model.training.tokenizer import train_tokenizer
 from model.training.updates import Progress, Updates
@@ -107,10 +107,16 @@ def model_config(
 
 
 def new_model(
-    encoder: SiglipVisionModel, override: Mapping[str, Any]
+    encoder: SiglipVisionModel, override: Mapping[str, Any], start: Path | None = None
 ) -> tuple[CrossLMMForConditionalGeneration, CrossLMMProcessor]:
-    """The bundled model with random weights behind a trained encoder, and its processor."""
-    tokenizer = train_tokenizer([*all_texts(800), "user\n", "assistant\n", "system\n"])
+    """The bundled model with random weights behind a trained encoder, and its processor.
+
+    `start`: a model whose tokenizer it takes, because its weights know no other.
+    """
+    if start is not None:
+        tokenizer = CrossLMMProcessor.from_pretrained(start).tokenizer
+    else:
+        tokenizer = train_tokenizer([*all_texts(800), "user\n", "assistant\n", "system\n"])
     ids = {
         "eos": tokenizer.eos_token_id,
         "pad": tokenizer.pad_token_id,
@@ -194,13 +200,13 @@ class Trainer(Updates):
         self.library = SceneLibrary(args.library, grid * grid, encoder.config.hidden_size)
         shots = self.library.shots
         self.shots = {"train": shots[:-HELD_OUT_SCENES], "held_out": shots[-HELD_OUT_SCENES:]}
-        self.crosslmm, self.processor = new_model(encoder, json.loads(args.override))
+        self.crosslmm, self.processor = new_model(encoder, json.loads(args.override), args.start)
         sample = torch.from_numpy(self.library.features[::37][:2000].copy())
         initialise(self.crosslmm, sample)
         new: set[str] = set()
         if args.start is not None:
             self._start_from(args.start)
-            new = set(args.kinds) - set(json.loads((args.start / KINDS_FILE).read_text()))
+            new = set(args.kinds) - set(kinds_of(args.start))
         if self.accelerator.device.type == "cpu":
             self.crosslmm.set_attn_implementation(register_explicit_attention())
         self.prompt = PromptIds(self.processor)
@@ -368,13 +374,27 @@ class Trainer(Updates):
         print(f"{self.progress.step} {seconds} {means} {levels}", flush=True)
 
 
+def make_encoder(args: argparse.Namespace) -> None:
+    """Write `args.encoder`, where it is not: that of the start, or a newly trained one."""
+    if (args.encoder / "config.json").exists():
+        return
+    if args.start is not None:  # its other weights know no other encoder
+        start = CrossLMMForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
+        start.model.vision_tower.save_pretrained(args.encoder)
+        return
+    command = [sys.executable, "-m", "model.training.encoder", "--out", str(args.encoder)]
+    subprocess.run([*command, "--seed", str(args.seed)], check=True)
+
+
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--encoder", type=Path, help="default: OUT/encoder")
     parser.add_argument("--library", type=Path, help="default: OUT/library")
-    parser.add_argument("--start", type=Path, help="OUT/model of another run to go on from")
+    parser.add_argument(
+        "--start", type=Path, help="OUT/model of another run to go on from, or a released one"
+    )
     parser.add_argument("--scenes", type=int, default=8_000)
     parser.add_argument("--minutes", type=float, default=90, help="of the third part")
     parser.add_argument("--steps", type=int, help="of the third part, instead of --minutes")
@@ -403,9 +423,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if not (args.encoder / "config.json").exists():
-        command = [sys.executable, "-m", "model.training.encoder", "--out", str(args.encoder)]
-        subprocess.run([*command, "--seed", str(args.seed)], check=True)
+    make_encoder(args)
     try:
         trainer = Trainer(args)
     except InputError as error:

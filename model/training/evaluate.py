@@ -21,6 +21,7 @@ import torch
 
 from model.engine import Engine
 from model.training.encoder import TRAIN_SEED
+from model.training.release import kinds_of
 from model.training.world import make_world, seeded
 from model.training.world_parts import World
 from model.training.world_questions import CHANCE, KINDS, QA, questions
@@ -132,9 +133,8 @@ def held_out_worlds(seed: int, videos: int, frames: int, interval: float) -> Ite
 
 
 def known_kinds(engine: Engine) -> list[str]:
-    """The kinds of question that the model was trained on, as its card says."""
-    card = json.loads((engine.folder / "card.json").read_text())
-    return card.get("kinds", list(KINDS))
+    """The kinds of question that the model was trained on."""
+    return kinds_of(engine.folder)
 
 
 def asked_of(engine: Engine, world: World, path: Path, kinds: list[str], frames: int) -> list[QA]:

@@ -16,6 +16,7 @@ import torch
 
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.processing_crosslmm import CrossLMMProcessor
+from model.training.world_questions import KINDS
 
 NAME = "crosslmm-tiny"
 KINDS_FILE = "kinds.json"  # in the folder of a trained model: what it was trained on
@@ -38,6 +39,13 @@ EXAMPLES = {
 }
 
 
+def kinds_of(folder: Path) -> list[str]:
+    """The kinds of question that a model was trained on: one of a run, or a released one."""
+    if (folder / KINDS_FILE).exists():
+        return json.loads((folder / KINDS_FILE).read_text())
+    return json.loads((folder / "card.json").read_text()).get("kinds", list(KINDS))
+
+
 def release(
     source: Path, target: Path, show: list[str] | None = None, unsure: Sequence[str] = ()
 ) -> None:
@@ -46,7 +54,7 @@ def release(
     `show` are the kinds of question that the page suggests, all that it was trained on when None;
     `unsure` those that it was trained on and mostly gets wrong, as its model card says.
     """
-    kinds = json.loads((source / KINDS_FILE).read_text())
+    kinds = kinds_of(source)
     crosslmm = CrossLMMForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
     crosslmm.save_pretrained(target)
     CrossLMMProcessor.from_pretrained(source).save_pretrained(target)
