@@ -548,14 +548,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer([*all_texts(100), "user\n", "assistant\n", "system\n"])
 
 
-def few_scenes(recipe: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> Trainer:
-    """The recipe's third part on 60 scenes."""
+def few_scenes(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, *more: str, trainer: type[Trainer] = Trainer
+) -> Trainer:
+    """The recipe's third part, or what goes on from it, on 60 scenes."""
     monkeypatch.setattr(bundled, "HELD_OUT_SCENES", 20)
     monkeypatch.setattr(bundled, "FRAMES_PER_STEP", 6)
     monkeypatch.setattr(bundled, "all_texts", lambda worlds: ())
     monkeypatch.setattr(bundled, "train_tokenizer", lambda texts: tokenizer())
     words = ["--out", str(recipe), "--scenes", "60", "--processes", "1", "--cpu", *more]
-    return Trainer(bundled.arguments(words))
+    return trainer(bundled.arguments(words))
 
 
 def test_the_recipe_trains_saves_and_goes_on(

@@ -215,13 +215,13 @@ class Trainer(Updates):
 
     def _prepare(self) -> None:
         (comma,), (_, and_, _) = self.prompt.encode(","), self.prompt.encode("a and a")
-        loss = GuidedLoss(self.crosslmm, (comma, and_))
+        loss = self.make_loss((comma, and_))
         if self.args.start is not None and (self.args.start.parent / HEADS_FILE).exists():
             # Those of new questions begin anew; without the old ones, much would be unlearnt.
             taken, own = load_file(self.args.start.parent / HEADS_FILE), loss.order.state_dict()
             same = {k: v for k, v in taken.items() if k in own and v.shape == own[k].shape}
             loss.order.load_state_dict(same, strict=False)
-        self.crosslmm.model.vision_tower.requires_grad_(False)
+        self.freeze()
         rates = dict.fromkeys(STAGES["2"].rates, self.args.learning_rate)
         groups = parameter_groups(self.crosslmm, rates, WEIGHT_DECAY)
         rate = HEADS_RATE * self.args.learning_rate
@@ -232,6 +232,14 @@ class Trainer(Updates):
         self.register(LambdaLR(self.optimizer, self._rate), self.progress)
         # Videos are drawn anew after a break; what they are drawn by is resumed.
         self.rng = random.Random(f"{self.args.seed} {self.progress.step}")
+
+    def make_loss(self, separators: tuple[int, int]) -> GuidedLoss:
+        """The loss; `separators`: ids of the tokens between the parts of a list."""
+        return GuidedLoss(self.crosslmm, separators)
+
+    def freeze(self) -> None:
+        """Choose what is not trained."""
+        self.crosslmm.model.vision_tower.requires_grad_(False)
 
     def _rate(self, step: int) -> float:
         """Share of the learning rate: a cosine over the training time, after a short warm-up."""

@@ -53,11 +53,15 @@ class GuidedLoss(AnswerLoss):
         self.right = right_answers(batch, logits.argmax(-1))
         loss = F.cross_entropy(logits.float(), targets, reduction="none") @ self._weights(batch)
         if self.training and self.weight:
-            off = self.evidence.loss(batch["packed"], batch["videos"], self.kept)
-            unknown, lost = self.order.loss(batch["packed"], self.orders, self.kept)
-            self.astray, self.disorder, self.lost = off.item(), unknown.item(), lost.item()
-            loss = loss + len(targets) * self.weight * (off + unknown + lost)
+            loss = loss + len(targets) * self.weight * self.guides(batch)
         return loss
+
+    def guides(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The guides' loss for each answer token."""
+        off = self.evidence.loss(batch["packed"], batch["videos"], self.kept)
+        unknown, lost = self.order.loss(batch["packed"], self.orders, self.kept)
+        self.astray, self.disorder, self.lost = off.item(), unknown.item(), lost.item()
+        return off + unknown + lost
 
     def _weights(self, batch: dict[str, Any]) -> torch.Tensor:
         """The weight (tokens,) of each answer token in training."""

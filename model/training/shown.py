@@ -32,6 +32,12 @@ class ShownHead:
 
         And what is read there, (B, L, d).
         """
+        weights, value = self.weights(rows, packed)
+        shares = weights[..., packed.visual_columns()].unflatten(-1, (frames, -1)).sum(-1)
+        return shares, weights.to(value.dtype) @ value
+
+    def weights(self, rows: slice, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention (B, L, K) of queries of `rows` to all columns, and their values (B, K, d)."""
         query, key, value = (
             self.seen[self.layer, name][..., columns]
             for name, columns in zip(("q_proj", "k_proj", "v_proj"), self.columns, strict=True)
@@ -40,9 +46,7 @@ class ShownHead:
         query, key = (x[:, 0] for x in apply_rotary_pos_emb(query[:, None], key[:, None], cos, sin))
         mask = packed.attention_mask[:, 0, rows].to(query.device)
         scores = (query[:, rows] @ key.mT).float() * self.module.scaling
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        shares = weights[..., packed.visual_columns()].unflatten(-1, (frames, -1)).sum(-1)
-        return shares, weights.to(value.dtype) @ value
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1), value
 
 
 class ShownLook:
