@@ -41,7 +41,7 @@ class Curriculum:
         fixed: bool = False,
     ) -> None:
         self.level = {kind: min(level, FIRST) if kind in new else level for kind in kinds}
-        self.fixed = fixed
+        self.fixed, self.share = fixed, dict(SHARE)
         self.accuracy: dict[tuple[str, int], float] = defaultdict(float)
         self.count: dict[tuple[str, int], int] = defaultdict(int)
 
@@ -61,7 +61,7 @@ class Curriculum:
 
     def weight(self, kind: str) -> float:
         """Kinds that are answered badly are asked more often."""
-        return SHARE.get(kind, 1.0) * (1.15 - self.accuracy[kind, self.level[kind]])
+        return self.share.get(kind, 1.0) * (1.15 - self.accuracy[kind, self.level[kind]])
 
     def record(self, kind: str, level: int, right: bool, done: float) -> None:
         """Note one answer, and promote the kind when it is good enough at its top level.

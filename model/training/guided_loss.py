@@ -51,10 +51,16 @@ class GuidedLoss(AnswerLoss):
             self.orders = [Order.of(video) for video in batch["videos"]]
         logits, targets = self.student(batch, batch["video_features"])
         self.right = right_answers(batch, logits.argmax(-1))
-        loss = F.cross_entropy(logits.float(), targets, reduction="none") @ self._weights(batch)
+        loss = self.each(batch, logits, targets).sum()
         if self.training and self.weight:
             loss = loss + len(targets) * self.weight * self.guides(batch)
         return loss
+
+    def each(
+        self, batch: dict[str, Any], logits: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss (tokens,) of each answer token."""
+        return F.cross_entropy(logits.float(), targets, reduction="none") * self._weights(batch)
 
     def guides(self, batch: dict[str, Any]) -> torch.Tensor:
         """The guides' loss for each answer token."""
@@ -74,8 +80,13 @@ class GuidedLoss(AnswerLoss):
                     for part, several in zip(parts, _together(qa.answer), strict=False):
                         weights[row, part] = TOGETHER_WEIGHT if several else 1.0
                     weights[row, links(labels[row], start, end, self.separators)] = LINK_WEIGHT
-        columns, wanted, _ = answer_columns(labels)
-        return weights[:, columns + 1][wanted]
+        return self.of_tokens(weights, labels)
+
+    @staticmethod
+    def of_tokens(columns: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Those (tokens,) of a batch's columns (B, L) that answer tokens stand in."""
+        kept, wanted, _ = answer_columns(labels)
+        return columns.to(labels.device)[:, kept + 1][wanted]
 
     def _embed_some(
         self, features: torch.Tensor, times: torch.Tensor, grid: int | None = None

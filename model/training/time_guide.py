@@ -13,13 +13,12 @@ import torch
 
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training.outputs import Outputs
-from model.training.packing import Packed, answer_parts
+from model.training.packing import Packed, answer_parts, links
 from model.training.shown import ShownHead
 
 # By head: the seconds that one of its digit stands for, how many digits there are, and how far from
 # the colon of m:ss it is written.
 DIGITS = {0: (1, 10, 2), 1: (10, 6, 1), 2: (60, 10, -1)}
-KINDS_WITH_TIMES = ("scenes", "when")
 
 
 class TimeGuide:
@@ -39,7 +38,8 @@ class TimeGuide:
     def loss(self, packed: Packed) -> torch.Tensor:
         """Mean -log(share of attention) on the token itself before a head's digit.
 
-        And of all other answers' tokens on what is not the answer, for its tokens bring times.
+        And of a list's other tokens on what is not the answer, for its tokens bring times. Not of
+        those that decide whether more is to come, nor of other answers: they may need these heads.
         """
         total, text = torch.zeros(()), slice(packed.text_start, None)
         for head, shown in self.shown.items():
@@ -64,10 +64,12 @@ class TimeGuide:
         for row, spans in enumerate(packed.spans):
             ids = packed.input_ids[row]
             for qa, start, end in spans:
+                if qa.kind != "scenes":
+                    continue
+                free = set(links(ids, start, end, self.separators))
                 digits = set()
-                if qa.kind in KINDS_WITH_TIMES:
-                    for part in answer_parts(ids, start, end, self.separators):
-                        colons = [c for c in part if int(ids[c]) == self.colon]
-                        digits |= {c + offset for c in colons[-1:]}
-                found += [(row, c, c in digits, start) for c in range(start, end)]
+                for part in answer_parts(ids, start, end, self.separators):
+                    colons = [c for c in part if int(ids[c]) == self.colon]
+                    digits |= {c + offset for c in colons[-1:]}
+                found += [(row, c, c in digits, start) for c in range(start, end) if c not in free]
         return found
