@@ -3,9 +3,9 @@
 The measure is the share of the attention (text to visual; mean over words, layers and heads) on a
 frame and its neighbours. `python -m tests.bench.moments` asks the bundled model about 13 made-up
 videos of 48 and 128 frames (2026-11-22): the strongest frame lay where the answer is seen, or one
-frame off, for 98 % of the 101 answers (of 226) with a share of .45 or more, for all of the 49 from
-.6 on; for 97 % of those between a third and .45, and for 62 % of those below .2. Of 62 answers
-about what is not to be seen at all, 6 % reached .45 and one .6; 27 % reach a third, too many.
+frame off, for 98 % of the 100 answers (of 226) with a share of .45 or more, for all of the 50 from
+.6 on; for 97 % of those between a third and .45, and for 64 % of those below .2. Of 62 answers
+about what is not to be seen at all, 6 % reached .45 and one .6; 26 % reach a third, too many.
 """
 
 from __future__ import annotations

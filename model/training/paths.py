@@ -41,19 +41,32 @@ class Seen:
     def __init__(self, trainer: Trainer, batches: Iterable[Batch]) -> None:
         self.trainer, self.batches = trainer, list(batches)
 
-    @torch.no_grad()
     def outputs(self, module: nn.Module) -> list[torch.Tensor]:
         """What `module` returns for each batch, (B, L, C) float32."""
-        found = []
+        return self.all_outputs([module])[0]
 
-        def keep(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-            found.append((output if torch.is_tensor(output) else output[0]).float())
+    @torch.no_grad()
+    def all_outputs(self, modules: Iterable[nn.Module]) -> list[list[torch.Tensor]]:
+        """What each of `modules` returns for each batch, (B, L, C) float32."""
+        found, handles = [], []
+        for module in modules:
+            mine: list[torch.Tensor] = []
 
-        handle = module.register_forward_hook(keep)
+            def keep(
+                module: nn.Module,
+                args: tuple,
+                output: torch.Tensor | tuple,
+                mine: list[torch.Tensor] = mine,
+            ) -> None:
+                mine.append((output if torch.is_tensor(output) else output[0]).float())
+
+            found.append(mine)
+            handles.append(module.register_forward_hook(keep))
         self.trainer.loss.eval()
         for batch in self.batches:
             self.trainer.loss(batch)
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         return found
 
     def visual(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -56,7 +56,7 @@ class PlacesTrainer(PathTrainer):
         make_room(branch, looks, seen, AXES)
         for rows in heads.values():
             make_room(finds.self_attn, rows, seen, AXES)
-        outputs = [seen.outputs(layer) for layer in model.layers]
+        outputs = seen.all_outputs(model.layers)
         in_frames = weakest_directions([*outputs[V2V[0]], *outputs[ASKED - 1]], AXES)
         in_text = weakest_directions(outputs[ASKED], AXES)
         weight, bias = self._fit_places(seen)

@@ -1,8 +1,7 @@
 """Give a trained model a way to tell the time of what it finds late.
 
 `python -m model.training.time_path --start RUN/model --out OUT --minutes 13 --learning-rate 1e-3
---level 7`: see `model.training.paths`. **No published weights have it yet** (the model card says
-why).
+--level 7`: see `model.training.paths`.
 
 In a list of what happens, self-attention of the fifth layer finds the frame of the next thing, and
 by then visual tokens have all but lost their time: a linear map tells the last digit of one in two.
@@ -110,7 +109,7 @@ class TimesTrainer(PathTrainer):
         make_room(finds, finder, seen, count)
         for head, (_, n, _) in DIGITS.items():
             make_room(last, head_rows(last, head), seen, n)
-        outputs = [seen.outputs(layer) for layer in model.layers]
+        outputs = seen.all_outputs(model.layers)
         in_frames = weakest_directions([*outputs[V2V[0]], *outputs[FINDS[0] - 1]], count)
         in_text = weakest_directions(outputs[FINDS[0]], count)
         weight, bias = self._fit_digits(seen)
