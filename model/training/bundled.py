@@ -207,8 +207,7 @@ class Trainer(Updates):
         if args.start is not None:
             self._start_from(args.start)
             new = set(args.kinds) - set(kinds_of(args.start))
-        if self.accelerator.device.type == "cpu":
-            self.crosslmm.set_attn_implementation(register_explicit_attention())
+        self.quicken(self.crosslmm)
         self.prompt = PromptIds(self.processor)
         self.curriculum = Curriculum(args.kinds, args.level, new=new, fixed=args.fixed)
         self._prepare()
@@ -236,6 +235,11 @@ class Trainer(Updates):
     def make_loss(self, separators: tuple[int, int]) -> GuidedLoss:
         """The loss; `separators`: ids of the tokens between the parts of a list."""
         return GuidedLoss(self.crosslmm, separators)
+
+    def quicken(self, crosslmm: CrossLMMForConditionalGeneration) -> None:
+        """Choose the attention that is quickest on this device."""
+        if self.accelerator.device.type == "cpu":
+            crosslmm.set_attn_implementation(register_explicit_attention())
 
     def freeze(self) -> None:
         """Choose what is not trained."""
@@ -351,11 +355,10 @@ class Trainer(Updates):
             figures = self.step(batches)
             for qa, right in self.guided.right:
                 self.curriculum.record(qa.kind, self.level, right, self.done)
-            guided = ("astray", "disorder", "lost")
-            figures |= {name: getattr(self.guided, name) for name in guided}
+            figures |= self.guided.told
             now = time.time()
             self.progress.seconds, clock = self.progress.seconds + now - clock, now
-            for name in ("loss", *guided):
+            for name in ("loss", *self.guided.told):
                 told[name] = 0.98 * told[name] + 0.02 * figures[name]
             step = self.progress.step
             if step % 100 == 0:
@@ -425,17 +428,24 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    """Command line."""
-    args = arguments()
+def started(args: argparse.Namespace, trainer: type[Trainer]) -> Trainer:
+    """A `trainer` for a command line, with its encoder made.
+
+    Raises SystemExit with a sentence where the start does not fit.
+    """
     args.out.mkdir(parents=True, exist_ok=True)
     if args.threads:
         torch.set_num_threads(args.threads)
     make_encoder(args)
     try:
-        trainer = Trainer(args)
+        return trainer(args)
     except InputError as error:
         raise SystemExit(str(error)) from error
+
+
+def main() -> None:
+    """Command line."""
+    trainer = started(arguments(), Trainer)
     trainer.run()
     for level in (3, 7, 10):
         print(f"held-out at {LEVELS[level]} frames {trainer.evaluate(level, 30)}", flush=True)

@@ -41,7 +41,7 @@ class GuidedLoss(AnswerLoss):
         self.kept: torch.Tensor | None = None  # (B, T, n) patches that stayed
         self.orders: list[Order] = []
         self.right: Right = []  # which of the last batch's answers are right in every token
-        self.astray = self.disorder = self.lost = 0.0
+        self.told: dict[str, float] = {}  # parts of the last batch's loss, for the log
         self._embed = crosslmm.model.embed_frames
         crosslmm.model.embed_frames = self._embed_some
 
@@ -66,7 +66,8 @@ class GuidedLoss(AnswerLoss):
         """The guides' loss for each answer token."""
         off = self.evidence.loss(batch["packed"], batch["videos"], self.kept)
         unknown, lost = self.order.loss(batch["packed"], self.orders, self.kept)
-        self.astray, self.disorder, self.lost = off.item(), unknown.item(), lost.item()
+        parts = {"astray": off, "disorder": unknown, "lost": lost}
+        self.told = {name: part.item() for name, part in parts.items()}
         return off + unknown + lost
 
     def _weights(self, batch: dict[str, Any]) -> torch.Tensor:

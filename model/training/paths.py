@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,24 +20,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
-from model.training.bundled import Trainer, arguments, make_encoder
+from model.training.bundled import Trainer, arguments, started
 from model.training.collate import Batch
-from model.training.cpu_attention import register_explicit_attention
 from model.training.guided_loss import GuidedLoss
 from model.training.losses import AnswerLoss
 from model.training.packing import Packed
-from model.types import InputError
 
 BATCHES, LEVEL = 12, 6  # what least squares are fitted to
 RIDGE = 1e-3
 SEED = 77  # of a path: runs that have the same one can be averaged
+LONGEST = 3600.0  # seconds
 TAUGHT_WEIGHT = 2.0  # of the answers that the path is for
 SAME_WEIGHT, RIGHT_WEIGHT = 2.0, 0.3  # of others: as the start answers, and as is right
 TAUGHT_SHARE = 4.0  # how often the kinds that the path is for are asked
 
 
 class Seen:
-    """Inputs or outputs of modules, token by token, while `Trainer.loss` runs."""
+    """What modules return, token by token, while `Trainer.loss` runs."""
 
     def __init__(self, trainer: Trainer, batches: Iterable[Batch]) -> None:
         self.trainer, self.batches = trainer, list(batches)
@@ -166,7 +166,7 @@ class PathLoss(GuidedLoss):
             before, _ = self.teacher(batch, batch["video_features"])
         pair = (x.float().log_softmax(-1) for x in (logits, before))
         same = F.kl_div(*pair, log_target=True, reduction="none").sum(-1)
-        self.astray = same.detach().mean().item()
+        self.told["strayed"] = same.detach().mean().item()
         marked = torch.zeros(batch["labels"].shape)
         for row, spans in enumerate(batch["packed"].spans):
             for qa, start, end in spans:
@@ -180,7 +180,7 @@ class PathLoss(GuidedLoss):
         return torch.zeros(())
 
 
-class PathTrainer(Trainer):
+class PathTrainer(Trainer, ABC):
     """Adds a path to the model that it starts from, and trains the last layer around it."""
 
     taught: tuple[str, ...] = ()  # kinds of question that the path is for
@@ -189,8 +189,7 @@ class PathTrainer(Trainer):
         super().__init__(args)
         self.curriculum.share.update(dict.fromkeys(self.taught, TAUGHT_SHARE))
         teacher = CrossLMMForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
-        if self.accelerator.device.type == "cpu":
-            teacher.set_attn_implementation(register_explicit_attention())
+        self.quicken(teacher)
         teacher = teacher.requires_grad_(False).eval().to(self.accelerator.device)
         self.guided.taught, self.guided.teacher = self.taught, AnswerLoss(teacher).student
         if self.progress.step == 0:
@@ -215,9 +214,16 @@ class PathTrainer(Trainer):
         self.crosslmm.requires_grad_(False)
         self.crosslmm.model.language_model.layers[-1].requires_grad_(True)
 
+    @abstractmethod
     def add_path(self, seen: Seen) -> None:
         """Change the model's weights in place, by what `seen` shows of it."""
-        raise NotImplementedError
+
+    def memory_at_any_time(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Original tokens (B, T, N, D) of a batch's frames at random times, and these (B, T)."""
+        features = batch["video_features"].float()
+        times = torch.rand(features.shape[:2]) * LONGEST
+        _, memory = self.crosslmm.model.embed_frames(features, times)
+        return memory, times
 
 
 def command(trainer: type[PathTrainer]) -> None:
@@ -225,15 +231,7 @@ def command(trainer: type[PathTrainer]) -> None:
     args = arguments()
     if args.start is None:
         raise SystemExit("--start is needed: the trained model that is to have the path.")
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    make_encoder(args)
-    try:
-        made = trainer(args)
-    except InputError as error:
-        raise SystemExit(str(error)) from error
-    made.run()
+    started(args, trainer).run()
 
 
 def head_rows(attention: nn.Module, head: int) -> slice:

@@ -39,7 +39,6 @@ AXES = 2
 IN_FRAMES, IN_TEXT = 0.6, 0.8  # what a picture's width is written as, for the size of a token
 PATCHES = 0.1  # share of patches that places are fitted to
 RIDGE = 1e-5
-LONGEST = 3600.0  # seconds
 
 
 class PlacesTrainer(PathTrainer):
@@ -79,9 +78,7 @@ class PlacesTrainer(PathTrainer):
         places = torch.stack((right, down), -1).flatten(0, 1)  # (N, 2)
         given, wanted = [], []
         for batch in seen.batches:
-            features = batch["video_features"].float()
-            times = torch.rand(features.shape[:2]) * LONGEST
-            _, memory = self.crosslmm.model.embed_frames(features, times)
+            memory, _ = self.memory_at_any_time(batch)
             some = torch.rand(memory.shape[:3]) < PATCHES
             given.append(memory[some])
             wanted.append(places.expand(*memory.shape[:2], -1, -1)[some])

@@ -45,7 +45,6 @@ from model.training.time_guide import DIGITS, TimeGuide
 V2V, FINDS = (2, 2), (ASKED, HEADS["latest"])
 SHARE = 0.1  # size of a digit in a token, of the token's
 BOOST = 4.0  # what a digit that is read adds to its logit
-LONGEST = 3600.0  # seconds
 DRAWS = 4
 
 
@@ -71,7 +70,7 @@ class TimesLoss(PathLoss):
     def guides(self, batch: dict[str, Any]) -> torch.Tensor:
         """The guide's loss for each answer token."""
         lost = self.times.loss(batch["packed"])
-        self.lost = lost.item()
+        self.told["lost"] = lost.item()
         return lost
 
 
@@ -139,9 +138,7 @@ class TimesTrainer(PathTrainer):
         """
         means, digits = [], []
         for batch, share in itertools.product(seen.batches, (1.0, self.args.keep) * DRAWS):
-            features = batch["video_features"].float()
-            times = torch.rand(features.shape[:2]) * LONGEST
-            _, memory = self.crosslmm.model.embed_frames(features, times)
+            memory, times = self.memory_at_any_time(batch)
             chosen = torch.rand(memory.shape[:3]).topk(round(share * memory.shape[2])).indices
             chosen = chosen.unsqueeze(-1).expand(-1, -1, -1, memory.shape[3])
             means.append(memory.gather(2, chosen).mean(2).flatten(0, 1))
