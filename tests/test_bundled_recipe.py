@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from functools import cache
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisi
 from model.loading import load
 from model.map_capture import MapCapture
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
-from model.training import bundled
+from model.training import ablation, bundled
 from model.training.ablation import VARIANTS
 from model.training.bundled import HEADS_FILE, Trainer
 from model.training.curriculum import FIRST, LEVELS, Curriculum
@@ -689,6 +690,26 @@ def test_patches_are_left_out_of_the_memory_only_while_training() -> None:
         assert len(shown) == (len(seen) * 2 - 1 if seen else 0) and set(shown) <= set(frame)
     whole = loss.eval().crosslmm.model.embed_frames(features, torch.zeros(1, 3))[1]
     assert whole.shape[2] == 16 and loss.kept is None
+
+
+def test_two_stages_of_an_ablation_share_its_steps(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    few_scenes(recipe, monkeypatch)  # makes the library
+    monkeypatch.setattr(ablation, "TESTS", 3)
+    monkeypatch.setattr(ablation, "FINE", ("exists",))
+    args = argparse.Namespace(
+        out=tmp_path, encoder=recipe / "encoder", library=recipe / "library", steps=3, level=1,
+        kinds=["exists", "outside"], start=None,
+    )  # fmt: skip
+    found = ablation.train(args, "both, in two stages", 0)
+    assert set(found["kinds"]) == {"exists", "outside"} and len(found["gates"]) == 3
+    first, second = (
+        load_file(tmp_path / n / "model/model.safetensors") for n in ("stage_1", "run")
+    )
+    assert second.keys() - first.keys() == {name for name in second if ".t2v." in name} != set()
+    steps = [sorted((tmp_path / n / "checkpoints").iterdir())[-1].name for n in ("stage_1", "run")]
+    assert steps == ["step-00000001", "step-00000002"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -39,25 +39,21 @@ VARIANTS: dict[str, dict] = {
     "both, K = 4": {"dcal_interval": 4, "dcal_layers": [0, 4]},
     "both, K = 1": {"dcal_interval": 1, "dcal_layers": [0, 1, 2, 3, 4]},
     "no pooling": {"v2v": False, "t2v": False, "pooled_grid": 14},
+    "both, in two stages": {},
 }
+# The paper's two stages: the share of the steps in which T2V is absent.
+FIRST_STAGE = {"both, in two stages": 1 / 3}
 
 
 def train(args: argparse.Namespace, variant: str, seed: int) -> dict:
     """Train one variant; its accuracy by kind, and what it took."""
-    options = {
-        "--out": args.out / "run", "--encoder": args.encoder, "--library": args.library,
-        "--steps": args.steps, "--level": args.level, "--seed": seed,
-        "--override": json.dumps(VARIANTS[variant]),
-    }  # fmt: skip
-    if args.start is not None:
-        options["--start"] = args.start
-    words = [str(word) for pair in options.items() for word in pair]
-    run = arguments([*words, "--fixed", "--kinds", *args.kinds])
-    run.out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(run.out / "checkpoints", ignore_errors=True)  # of another variant
     clock = time.perf_counter()
-    trainer = Trainer(run)
-    trainer.run()
+    first = round(args.steps * FIRST_STAGE.get(variant, 0))
+    start = args.start
+    if first:
+        stage_1 = _trained(args, "stage_1", first, {"t2v": False}, seed, start)
+        start = stage_1.out / "model"
+    trainer = _trained(args, "run", args.steps - first, VARIANTS[variant], seed, start)
     seconds = time.perf_counter() - clock
     right = trainer.evaluate(args.level, TESTS)
     return {
@@ -66,6 +62,26 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> dict:
         "gates": [[round(gate, 3) for gate in pair] for pair in trainer.crosslmm.gates],
         "seconds": round(seconds),
     }
+
+
+def _trained(
+    args: argparse.Namespace, name: str, steps: int, override: dict, seed: int, start: Path | None
+) -> Trainer:
+    """A trainer that has taken its steps, in OUT/name."""
+    options = {
+        "--out": args.out / name, "--encoder": args.encoder, "--library": args.library,
+        "--steps": steps, "--level": args.level, "--seed": seed,
+        "--override": json.dumps(override),
+    }  # fmt: skip
+    if start is not None:
+        options["--start"] = start
+    words = [str(word) for pair in options.items() for word in pair]
+    run = arguments([*words, "--fixed", "--kinds", *args.kinds])
+    run.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(run.out / "checkpoints", ignore_errors=True)  # of another variant
+    trainer = Trainer(run)
+    trainer.run()
+    return trainer
 
 
 def table(runs: dict[str, dict[str, dict]]) -> str:
