@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from app.logs import logger
 from tests.app_server import BUNDLED, App, running_app
 from tests.fake_engine import GATES
 from tests.media import make_video, truncate
@@ -25,6 +26,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("bundled"):
             item.add_marker(pytest.mark.skip(reason=f"there is no model in {BUNDLED}"))
+
+
+@pytest.fixture(autouse=True)
+def same_log() -> Iterator[None]:
+    """Undoes `app.logs.setup`: threads of other tests would write into a stream that is closed."""
+    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

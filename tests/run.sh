@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up whatever the tests need and run all of them:  bash tests/run.sh [arguments of pytest]
-# VENV names the virtual environment to use or create (.venv when not set).
+# VENV names the virtual environment to use or create (.venv when not set), PROCESSES how many tests
+# run at a time (2): each process starts apps and a browser of its own, in about 4 GiB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
@@ -27,4 +28,4 @@ fi
 # Threads that spin while they wait stall each other where tests share few cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE
 "$venv/bin/ruff" check .
-exec "$venv/bin/python" -m pytest "$@" </dev/null
+exec "$venv/bin/python" -m pytest -n "${PROCESSES:-2}" --dist loadfile "$@" </dev/null
