@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up whatever the tests need and run all of them:  bash tests/run.sh [arguments of pytest]
 # VENV names the virtual environment to use or create (.venv when not set), PROCESSES how many tests
-# run at a time (2): each process starts apps and a browser of its own, in about 4 GiB.
+# run at a time (2): each process starts apps and a browser of its own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}

@@ -4,7 +4,8 @@ Every variant gets the same steps on the same videos from the same random weight
 and the library of scenes that `model.training.bundled` left in its folder. Lengths are fixed, no
 curriculum. Accuracy is exact match on scenes that no training saw. With `--start`, a model of
 that recipe, all go on from there instead; it had both branches, so a variant without one has to
-learn to do without. Runs that are in FOLDER/ablation.json already are not made again.
+learn to do without. Two stages share the steps of one. Runs that are in OUT/ablation.json already
+are not made again.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> dict:
     first = round(args.steps * FIRST_STAGE.get(variant, 0))
     start = args.start
     if first:
-        stage_1 = _trained(args, "stage_1", first, {"t2v": False}, seed, start)
+        stage_1 = _trained(args, "stage_1", first, VARIANTS[variant] | {"t2v": False}, seed, start)
         start = stage_1.out / "model"
     trainer = _trained(args, "run", args.steps - first, VARIANTS[variant], seed, start)
     seconds = time.perf_counter() - clock
