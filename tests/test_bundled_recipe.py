@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -52,6 +54,7 @@ from model.types import InputError
 from model.video_memory import VideoMemory
 from tests.tiny import tiny_frames, tiny_inputs, tiny_model
 
+ROOT = Path(__file__).parent.parent
 SIDE, PATCH = 112, 8
 GRID = SIDE // PATCH
 GREY = Background("plain", ((128, 128, 128),) * 3, 0, 0.1, 0)
@@ -589,6 +592,27 @@ def test_the_recipe_trains_saves_and_goes_on(
     assert loaded.info.examples == (EXAMPLES["when"],) and loaded.info.trained
     card = json.loads((released / "card.json").read_text())
     assert card["kinds"] == list(bundled.TRAINED_KINDS)
+
+
+def test_two_processes_train_one_model(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    few_scenes(recipe, monkeypatch)  # the library
+    more = ["--out", tmp_path, "--encoder", recipe / "encoder", "--library", recipe / "library"]
+    launch = "torch.distributed.run --standalone --nproc-per-node 2 -m -- tests.side_by_side"
+    for steps in (3, 5):  # the second one resumes
+        argv = [sys.executable, "-m", *launch.split(), recipe, *more, "--steps", steps]
+        subprocess.run([str(x) for x in argv], cwd=ROOT, check=True)
+        one, two = (json.loads((tmp_path / f"process-{i}.json").read_text()) for i in (0, 1))
+        asked = one.pop("answers"), two.pop("answers")
+        assert one == two and one["step"] == steps and one["curriculum"]["count"]
+        assert asked[0] != asked[1]
+    kept = CrossLMMForConditionalGeneration.from_pretrained(tmp_path / "model").state_dict()
+    assert [w.double().sum().item() for w in kept.values()] == one["weights"]
+    alone = few_scenes(recipe, monkeypatch, *map(str, more), "--steps", "6")
+    assert alone.progress.step == 5
+    for name, weight in alone.crosslmm.state_dict().items():
+        assert torch.equal(weight, kept[name]), name
 
 
 def test_an_ablation_starts_from_a_model_with_more_branches(

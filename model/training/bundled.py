@@ -6,6 +6,7 @@
    short videos first; a kind of question goes on to longer ones when it is answered well enough.
 
 Each part is skipped when its result is there, and the last one resumes from its checkpoint.
+Several processes, under `torchrun`, share each of its steps.
 The attention of answer tokens is guided to the evidence with a small weight, so where the finished
 model points is partly taught, not emergent; the model card says so. Visual tokens are asked, with
 the same weight, which object came in last and which before it (`model.training.order_guide`).
@@ -24,16 +25,23 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    gather_object,
+    send_to_device,
+    set_seed,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import GenerationConfig, SiglipVisionModel
+from transformers import GenerationConfig, SiglipVisionConfig, SiglipVisionModel
 
 from model.configuration_crosslmm import CrossLMMConfig
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
@@ -189,14 +197,20 @@ class Trainer(Updates):
     progress: RecipeProgress
 
     def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(Accelerator(mixed_precision="bf16", cpu=args.cpu), args.out)
+        # A head has no gradient where a step asks nothing of it; the others wait for the encoder.
+        several = [
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),
+        ]
+        accelerator = Accelerator(mixed_precision="bf16", cpu=args.cpu, kwargs_handlers=several)
+        super().__init__(accelerator, args.out)
         self.args = args
-        set_seed(args.seed)
+        set_seed(args.seed, device_specific=True)
+        with accelerator.main_process_first():
+            make_encoder(args)
+            self._make_library()
         encoder = SiglipVisionModel.from_pretrained(args.encoder)
-        side = encoder.config.image_size
-        grid = side // encoder.config.patch_size
-        render_library(args.library, args.scenes, args.seed, side, args.processes)
-        encode_library(args.library, args.encoder, side, args.processes)
+        grid = encoder.config.image_size // encoder.config.patch_size
         self.library = SceneLibrary(args.library, grid * grid, encoder.config.hidden_size)
         shots = self.library.shots
         self.shots = {"train": shots[:-HELD_OUT_SCENES], "held_out": shots[-HELD_OUT_SCENES:]}
@@ -211,6 +225,12 @@ class Trainer(Updates):
         self.prompt = PromptIds(self.processor)
         self.curriculum = Curriculum(args.kinds, args.level, new=new, fixed=args.fixed)
         self._prepare()
+
+    def _make_library(self) -> None:
+        args, processes = self.args, self.args.processes
+        side = SiglipVisionConfig.from_pretrained(args.encoder).image_size
+        render_library(args.library, args.scenes, args.seed, side, processes)
+        encode_library(args.library, args.encoder, side, processes)
 
     def _prepare(self) -> None:
         (comma,), (_, and_, _) = self.prompt.encode(","), self.prompt.encode("a and a")
@@ -230,7 +250,10 @@ class Trainer(Updates):
         self.progress = RecipeProgress(self.curriculum)
         self.register(LambdaLR(self.optimizer, self._rate), self.progress)
         # Videos are drawn anew after a break; what they are drawn by is resumed.
-        self.rng = random.Random(f"{self.args.seed} {self.progress.step}")
+        step, index = self.progress.step, self.accelerator.process_index
+        self.rng = random.Random(f"{self.args.seed} {step}" + f" {index}" * (index > 0))
+        # Of all processes alike, or each would wait for the one with the longest videos.
+        self.levels = random.Random(f"{self.args.seed} {step} levels")
 
     def make_loss(self, separators: tuple[int, int]) -> GuidedLoss:
         """The loss; `separators`: ids of the tokens between the parts of a list."""
@@ -278,17 +301,24 @@ class Trainer(Updates):
     def save(self) -> None:
         """Write a checkpoint to go on from, the guides' heads, and the model into OUT/model."""
         super().save()
+        if not self.accelerator.is_main_process:
+            return
         save_file(self.guided.order.state_dict(), self.out / HEADS_FILE)
         self.crosslmm.save_pretrained(self.out / "model")
         self.processor.save_pretrained(self.out / "model")
         (self.out / "model" / KINDS_FILE).write_text(json.dumps(list(self.curriculum.level)))
 
-    def batch(self, split: str, level: int, kinds: list[str], rng: random.Random) -> Batch:
-        """Videos of one length with their questions, as `GuidedLoss` wants them."""
+    def batch(
+        self, split: str, level: int, kinds: list[str], rng: random.Random, parts: int = 1
+    ) -> Batch:
+        """Videos of one length with their questions, as `GuidedLoss` wants them.
+
+        `parts`: how many batches are taken together in a step.
+        """
         self.library.shots = self.shots[split]
         frames = LEVELS[level]
-        count = min(MOST_VIDEOS, max(1, FRAMES_PER_STEP // frames))
-        most = min(QUESTIONS_PER_VIDEO, QUESTIONS_PER_STEP // count)
+        count = max(1, min(MOST_VIDEOS, FRAMES_PER_STEP // frames) // parts)
+        most = min(QUESTIONS_PER_VIDEO, QUESTIONS_PER_STEP // parts // count)
         videos, asked = [], []
         while len(videos) < count:
             varied = LEVELS[self.curriculum.level.get("when", 0)] >= VARIED_FROM
@@ -328,11 +358,12 @@ class Trainer(Updates):
     def batches(self) -> Iterator[Batch]:
         """Batches without end, as the curriculum wants them at that moment."""
         while True:
-            self.level = self.curriculum.sample_level(self.rng)
+            self.level = self.curriculum.sample_level(self.levels)
             fade = (1 - self.done) / (1 - GUIDED_UNTIL)
             self.guided.weight = self.args.guide * min(1.0, max(GUIDE_LEFT, fade))
             self.guided.keep = self.args.keep if self.done < WHOLE_FROM else 1.0
-            yield self.batch("train", self.level, self.curriculum.kinds_at(self.level), self.rng)
+            kinds, parts = self.curriculum.kinds_at(self.level), self.accelerator.num_processes
+            yield self.batch("train", self.level, kinds, self.rng, parts)
 
     @torch.no_grad()
     def evaluate(self, level: int, batches: int = 12) -> dict[str, float]:
@@ -353,11 +384,10 @@ class Trainer(Updates):
         self.loss.train()
         while self.done < 1:
             figures = self.step(batches)
-            for qa, right in self.guided.right:
-                self.curriculum.record(qa.kind, self.level, right, self.done)
             figures |= self.guided.told
             now = time.time()
-            self.progress.seconds, clock = self.progress.seconds + now - clock, now
+            self._record(self.progress.seconds + now - clock)
+            clock = now
             for name in ("loss", *self.guided.told):
                 told[name] = 0.98 * told[name] + 0.02 * figures[name]
             step = self.progress.step
@@ -370,9 +400,20 @@ class Trainer(Updates):
                 top = max(self.curriculum.level.values())
                 gates = [tuple(round(g, 2) for g in pair) for pair in self.crosslmm.gates]
                 right = self.evaluate(top)
-                print(f"  held-out at {LEVELS[top]} frames {right} gates {gates}", flush=True)
+                self.accelerator.print(
+                    f"  held-out at {LEVELS[top]} frames {right} gates {gates}", flush=True
+                )
                 clock = time.time()
         self.save()
+
+    def _record(self, seconds: float) -> None:
+        """Note the time and the last answers, of all processes alike: they end at one step."""
+        answers = [(qa.kind, self.level, right) for qa, right in self.guided.right]
+        found = gather_object([(seconds, answers)])
+        self.progress.seconds = found[0][0]
+        for _, answers in found:
+            for answer in answers:
+                self.curriculum.record(*answer, self.done)
 
     def _tell(self, told: Mapping[str, float]) -> None:
         """One line about the last steps, and about how well each kind is answered at its level."""
@@ -382,7 +423,7 @@ class Trainer(Updates):
         }
         means = " ".join(f"{name} {value:.3f}" for name, value in told.items())
         seconds = f"{self.progress.seconds:.0f}s"
-        print(f"{self.progress.step} {seconds} {means} {levels}", flush=True)
+        self.accelerator.print(f"{self.progress.step} {seconds} {means} {levels}", flush=True)
 
 
 def make_encoder(args: argparse.Namespace) -> None:
@@ -429,14 +470,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def started(args: argparse.Namespace, trainer: type[Trainer]) -> Trainer:
-    """A `trainer` for a command line, with its encoder made.
+    """A `trainer` for a command line.
 
     Raises SystemExit with a sentence where the start does not fit.
     """
     args.out.mkdir(parents=True, exist_ok=True)
     if args.threads:
         torch.set_num_threads(args.threads)
-    make_encoder(args)
     try:
         return trainer(args)
     except InputError as error:
@@ -448,7 +488,9 @@ def main() -> None:
     trainer = started(arguments(), Trainer)
     trainer.run()
     for level in (3, 7, 10):
-        print(f"held-out at {LEVELS[level]} frames {trainer.evaluate(level, 30)}", flush=True)
+        right = trainer.evaluate(level, 30)
+        trainer.accelerator.print(f"held-out at {LEVELS[level]} frames {right}", flush=True)
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
