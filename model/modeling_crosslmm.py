@@ -201,19 +201,21 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         features: torch.Tensor,
         frame_times: torch.Tensor | None,
         grid: int | None = None,
+        kept: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (B, T, N, Dv), seconds (B, T) -> pooled (B, T, P, D), memory (B, T, N, D).
 
         The memory is RMS-normalised here, once, instead of in front of every branch. `grid` pools
-        to another side than the checkpoint's.
+        to another side than the checkpoint's; `kept` (B, T, n): the only patches in the memory.
         """
         grid = self.config.pooled_grid if grid is None else grid
-        projector = self.multi_modal_projector
-        original = projector(features)
-        if self.config.pool_after_projector:
-            pooled = token_merge(original, grid)
-        else:
-            pooled = projector(token_merge(features, grid))
+        projector, after = self.multi_modal_projector, self.config.pool_after_projector
+        source = projector(features) if after else features
+        pooled = token_merge(source, grid)
+        if kept is not None:
+            source = source.gather(2, kept.unsqueeze(-1).expand(-1, -1, -1, source.shape[3]))
+        original = source if after else projector(source)
+        pooled = pooled if after else projector(pooled)
         if self.time_embedding is not None:
             if frame_times is None:
                 raise ValueError("this checkpoint encodes time: pass frame_times, seconds, (B, T)")
@@ -221,7 +223,8 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             pooled, original = pooled + time, original + time
         if self.row_embedding is not None:
             position = self.row_embedding.weight[:, None] + self.column_embedding.weight
-            original = original + position.flatten(0, 1).to(original.dtype)
+            position = position.flatten(0, 1).to(original.dtype)
+            original = original + (position if kept is None else position[kept])
         return pooled, self.memory_norm(original).to(features.dtype)
 
     def forward(

@@ -286,6 +286,20 @@ def test_wrong_number_of_placeholders_is_told() -> None:
         crosslmm(**inputs)
 
 
+@pytest.mark.parametrize("settings", VARIANTS, ids=names)
+def test_a_part_of_the_memory_is_that_part_of_it(settings: dict) -> None:
+    model = tiny_model(**settings).model
+    config = model.config
+    features = torch.randn(2, 3, config.original_grid**2, config.vision_config.hidden_size)
+    times = torch.rand(2, 3) * 100
+    kept = torch.rand(features.shape[:3]).topk(5).indices
+    pooled, memory = model.embed_frames(features, times)
+    same, part = model.embed_frames(features, times, kept=kept)
+    assert torch.equal(same, pooled)
+    wanted = memory.gather(2, kept.unsqueeze(-1).expand(-1, -1, -1, memory.shape[3]))
+    torch.testing.assert_close(part, wanted)
+
+
 def test_missing_times_are_told() -> None:
     crosslmm = tiny_model(time_encoding="clock")
     inputs = tiny_inputs(crosslmm.config)

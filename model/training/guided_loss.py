@@ -93,15 +93,13 @@ class GuidedLoss(AnswerLoss):
         self, features: torch.Tensor, times: torch.Tensor, grid: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`embed_frames` with a random part of each frame's background left out of the memory."""
-        pooled, memory = self._embed(features, times, grid)
         self.kept = None
         if self.training and self.keep < 1:
-            grid, count = self.evidence.grid, round(self.keep * memory.shape[2])
-            shown = [patches_in(boxes, grid) for order in self.orders for boxes in order.shown]
-            rank = torch.rand(memory.shape[:3]) + torch.stack(shown).view(memory.shape[:3])
-            self.kept = rank.topk(count).indices.to(memory.device)
-            memory = memory.gather(2, self.kept.unsqueeze(-1).expand(-1, -1, -1, memory.shape[3]))
-        return pooled, memory
+            side, count = self.evidence.grid, round(self.keep * features.shape[2])
+            shown = [patches_in(boxes, side) for order in self.orders for boxes in order.shown]
+            rank = torch.rand(features.shape[:3]) + torch.stack(shown).view(features.shape[:3])
+            self.kept = rank.topk(count).indices.to(features.device)
+        return self._embed(features, times, grid, self.kept)
 
 
 def _together(answer: str) -> list[bool]:
