@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import subprocess
@@ -487,6 +488,26 @@ def test_what_text_to_visual_attention_brings_must_tell_ways_and_counts() -> Non
     torch.testing.assert_close(unsure, torch.tensor([5.0, 5.0]).log().sum())
     guide.hidden["brought"][0, [1, 6], 0] = 1.0  # what predicts the first token of each
     assert guide.answer_loss(packed) < 0.01
+
+
+def test_answers_must_tell_the_object_that_is_asked_for() -> None:
+    guide = OrderGuide(tiny_model(), separators=(0,))
+    width, cat = guide.asked_for.in_features, NOUN_IDS["cat"]
+    cats = QA("when", "When does the cat appear?", "0:03")
+    spans = [[(cats, 8, 10), (QA("outside", "Who are you?", "-"), 13, 15)]]
+    packed = Packed(*[None] * 5, video_start=2, text_start=6, spans=spans)
+    reader = guide.asked_for.requires_grad_(False)
+    reader.bias.zero_()
+    reader.weight.zero_()[cat, 0] = 9.0
+    guide.hidden["asked for"] = torch.zeros(1, 16, width)
+    unsure = torch.tensor(float(len(NOUN_IDS) + 1)).log()
+    torch.testing.assert_close(guide.asked_for_loss(packed), unsure)
+    guide.hidden["asked for"][0, 7, 0] = 1.0  # what predicts the first of its two tokens
+    torch.testing.assert_close(guide.asked_for_loss(packed), unsure / 2, atol=0.01, rtol=0)
+    guide.hidden["asked for"][0, [8, 12, 13], 0] = 1.0
+    assert guide.asked_for_loss(packed) < 0.01
+    nothing = dataclasses.replace(packed, spans=[spans[0][1:]])
+    assert guide.asked_for_loss(nothing) == 0
 
 
 def test_looks_at_what_came_last_are_those_that_the_page_shows() -> None:

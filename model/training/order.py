@@ -18,6 +18,7 @@ from model.training.world_phrases import STILL, plural
 from model.training.world_questions import QA, left_edge
 
 NAMES = {name: i for noun, i in NOUN_IDS.items() for name in (noun, plural(noun))}
+_NAMED = re.compile(rf"\b({'|'.join(sorted(NAMES, key=len, reverse=True))})\b")
 MOTIONS = (STILL, "left", "right", "up", "down")
 NOWHERE = -1  # of a head that would disturb the answer: it is to look at no frame
 # What an answer's tokens are to read of visual tokens, and with which of three heads: what came
@@ -159,6 +160,5 @@ def _copies(newest: Sequence[Appearance], now: float) -> int:
 
 def named(question: str) -> int:
     """Id of the object that a question names; -1: of none."""
-    words = question.lower()
-    found = [noun for noun in NAMES if re.search(rf"\b{noun}\b", words)]
+    found = _NAMED.findall(question.lower())
     return NAMES[max(found, key=len)] if found else -1
