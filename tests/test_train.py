@@ -6,7 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,10 @@ def stills(tmp_path: Path, records: list[dict[str, Any]]) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
+def fresh_accelerator() -> Iterator[None]:
     forget_accelerator()
+    yield
+    forget_accelerator()  # or the next file's trainer finds this one's precision
 
 
 def forget_accelerator() -> None:
