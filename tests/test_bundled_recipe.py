@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisi
 from model.loading import load
 from model.map_capture import MapCapture
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
-from model.training import ablation, bundled
+from model.training import ablation, bundled, bundled_model
 from model.training.ablation import VARIANTS
 from model.training.bundled import HEADS_FILE, Trainer
 from model.training.curriculum import FIRST, LEVELS, Curriculum
@@ -579,8 +579,8 @@ def few_scenes(
     """The recipe's third part, or what goes on from it, on 60 scenes."""
     monkeypatch.setattr(bundled, "HELD_OUT_SCENES", 20)
     monkeypatch.setattr(bundled, "FRAMES_PER_STEP", 6)
-    monkeypatch.setattr(bundled, "all_texts", lambda worlds: ())
-    monkeypatch.setattr(bundled, "train_tokenizer", lambda texts: tokenizer())
+    monkeypatch.setattr(bundled_model, "all_texts", lambda worlds: ())
+    monkeypatch.setattr(bundled_model, "train_tokenizer", lambda texts: tokenizer())
     words = ["--out", str(recipe), "--scenes", "60", "--processes", "1", "--cpu", *more]
     return trainer(bundled.arguments(words))
 
@@ -760,7 +760,7 @@ def test_two_stages_of_an_ablation_share_its_steps(
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_of_the_ablation_is_a_model(variant: str) -> None:
     ids = {"eos": 0, "pad": 1, "video": 2}
-    config = bundled.model_config(SiglipVisionModel(encoder_config()), 64, ids)
+    config = bundled_model.model_config(SiglipVisionModel(encoder_config()), 64, ids)
     for name, value in VARIANTS[variant].items():
         setattr(config, name, value)
     config.validate_choices()

@@ -39,13 +39,11 @@ from accelerate.utils import (
     set_seed,
 )
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import GenerationConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from model.configuration_crosslmm import CrossLMMConfig
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
-from model.processing_crosslmm import CrossLMMProcessor
+from model.training.bundled_model import initialise, new_model
 from model.training.collate import Batch
 from model.training.cpu_attention import register_explicit_attention
 from model.training.curriculum import LEVELS, Curriculum
@@ -54,10 +52,9 @@ from model.training.library import SceneLibrary, Video, encode_library, render_l
 from model.training.packing import PromptIds, pack
 from model.training.release import KINDS_FILE, kinds_of
 from model.training.stages import STAGES, parameter_groups
-from model.training.tokenizer import train_tokenizer
 from model.training.updates import Progress, Updates
 from model.training.world_phrases import OUTSIDE_ANSWER
-from model.training.world_questions import KINDS, QA, all_texts, questions
+from model.training.world_questions import KINDS, QA, questions
 from model.types import InputError
 
 TRAINED_KINDS = (
@@ -79,97 +76,6 @@ WEIGHT_DECAY = 0.05
 HEADS_RATE = 4  # times the learning rate: what a linear head has not found, it cannot teach
 HEADS_FILE = "heads.safetensors"  # beside OUT/model: the guides' linear heads, for `--start`
 HELD_OUT_SCENES = 400  # the library's last scenes are never trained on
-
-
-def model_config(
-    encoder: SiglipVisionModel, vocabulary: int, ids: dict[str, int]
-) -> CrossLMMConfig:
-    """The bundled model: a 192-wide, 6-layer LLM, dual cross-attention in layers 0, 2 and 4."""
-    return CrossLMMConfig(
-        vision_config={k: v for k, v in encoder.config.to_dict().items() if k != "_name_or_path"},
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": vocabulary,
-            "hidden_size": 192,
-            "intermediate_size": 512,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 3,
-            "max_position_embeddings": 4096,
-            "initializer_range": 0.04,
-            "tie_word_embeddings": True,
-            "eos_token_id": ids["eos"],
-            "pad_token_id": ids["pad"],
-        },
-        pooled_grid=1,
-        dcal_interval=2,
-        gate_init=0.5,
-        time_encoding="clock",
-        patch_position="learned",
-        projector_norm=True,
-        video_token_id=ids["video"],
-        frame_rate=1.0,
-        max_frames=128,
-        multi_turn=False,
-    )
-
-
-def new_model(
-    encoder: SiglipVisionModel, override: Mapping[str, Any], start: Path | None = None
-) -> tuple[CrossLMMForConditionalGeneration, CrossLMMProcessor]:
-    """The bundled model with random weights behind a trained encoder, and its processor.
-
-    `start`: a model whose tokenizer it takes, because its weights know no other.
-    """
-    if start is not None:
-        tokenizer = CrossLMMProcessor.from_pretrained(start).tokenizer
-    else:
-        tokenizer = train_tokenizer([*all_texts(800), "user\n", "assistant\n", "system\n"])
-    ids = {
-        "eos": tokenizer.eos_token_id,
-        "pad": tokenizer.pad_token_id,
-        "video": tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-    }
-    config = model_config(encoder, len(tokenizer), ids)
-    for name, value in override.items():
-        setattr(config, name, value)
-    config.validate_choices()
-    crosslmm = CrossLMMForConditionalGeneration(config)
-    crosslmm.model.vision_tower.load_state_dict(encoder.state_dict())
-    crosslmm.generation_config = GenerationConfig(
-        eos_token_id=ids["eos"], pad_token_id=ids["pad"], max_new_tokens=96
-    )
-    return crosslmm, CrossLMMProcessor.for_config(config, tokenizer)
-
-
-@torch.no_grad()
-def initialise(crosslmm: CrossLMMForConditionalGeneration, features: torch.Tensor) -> None:
-    """Whiten the encoder's output inside the projector and sharpen cross-attention.
-
-    Features (F, N, Dv): a sample of the library. Whitening is a linear map, so it is folded into
-    the projector's first layer and the architecture stays as it is.
-    """
-    model = crosslmm.model
-    flat = features.flatten(0, 1).double()
-    mean = flat.mean(0)
-    values, vectors = torch.linalg.eigh((flat - mean).T.cov())
-    whiten = vectors * (values + 1e-4 * values.mean()).rsqrt() @ vectors.T
-    projector = model.multi_modal_projector
-    width = projector.linear_1.in_features
-    weight = torch.randn(projector.linear_1.out_features, width, dtype=torch.double)
-    weight = weight / width**0.5 @ whiten
-    projector.linear_1.weight.copy_(weight)
-    projector.linear_1.bias.copy_(-weight @ mean)
-    nn.init.normal_(projector.linear_2.weight, std=projector.linear_2.in_features**-0.5)
-    for table in (model.time_embedding.digits, model.row_embedding, model.column_embedding):
-        if table is not None:
-            nn.init.normal_(table.weight, std=0.3)
-    for layer in model.language_model.layers:
-        if layer.dual_cross_attention is not None:
-            for branch in layer.dual_cross_attention.children():
-                branch.q_proj.weight.normal_(std=2 / width**0.5)
-                branch.k_proj.weight.normal_(std=1.5 / width**0.5)
-                branch.v_proj.weight.normal_(std=1 / width**0.5)
 
 
 class RecipeProgress(Progress):
@@ -197,9 +103,10 @@ class Trainer(Updates):
     progress: RecipeProgress
 
     def __init__(self, args: argparse.Namespace) -> None:
-        # A head has no gradient where a step asks nothing of it; the others wait for the encoder.
         several = [
+            # A head has no gradient where a step asks nothing of it.
             DistributedDataParallelKwargs(find_unused_parameters=True),
+            # While one process makes the encoder and the library, the others wait.
             InitProcessGroupKwargs(timeout=timedelta(days=1)),
         ]
         accelerator = Accelerator(mixed_precision="bf16", cpu=args.cpu, kwargs_handlers=several)
