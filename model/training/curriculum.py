@@ -10,6 +10,7 @@ from collections.abc import Collection
 # them holds ten times as many signs as one on short videos.
 LEVELS = (1, 3, 5, 8, 12, 18, 26, 36, 48, 72, 96)
 FIRST = 2  # the highest level at which a kind that a trained model does not know begins
+SHORTEST = {"direction": 1}  # the level at which a kind begins that shorter videos cannot show
 PROMOTE = 0.85  # exact-match accuracy at its highest level that lets a kind climb, at first
 # From a share of the training time on, every kind is also asked at this level: long videos must
 # not stay unseen because a kind is hard.
@@ -41,6 +42,8 @@ class Curriculum:
         fixed: bool = False,
     ) -> None:
         self.level = {kind: min(level, FIRST) if kind in new else level for kind in kinds}
+        if not fixed:
+            self.level = {kind: max(at, SHORTEST.get(kind, 0)) for kind, at in self.level.items()}
         self.fixed, self.share = fixed, dict(SHARE)
         self.accuracy: dict[tuple[str, int], float] = defaultdict(float)
         self.count: dict[tuple[str, int], int] = defaultdict(int)
