@@ -88,3 +88,13 @@ def bundled_app() -> Iterator[App]:
     with running_app(fake=False) as app:
         app.wait_for("ready")
         yield app
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random encoder, for the later parts of the bundled recipe."""
+    from tests.small_recipe import write_encoder  # only here: tests of the page need no torch
+
+    out = tmp_path_factory.mktemp("recipe")
+    write_encoder(out / "encoder")
+    return out

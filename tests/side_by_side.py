@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.test_bundled_recipe import few_scenes
+from tests.small_recipe import few_scenes
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from model.training.paths import (
     weakest_directions,
 )
 from model.training.place_path import AXES, FIRST, LAST, V2V, PlacesTrainer
-from tests.test_bundled_recipe import few_scenes, recipe  # noqa: F401 (a fixture)
+from tests.small_recipe import few_scenes
 from tests.tiny import tiny_model
 
 
@@ -62,7 +62,7 @@ def test_a_head_gives_up_what_it_uses_least() -> None:
 
 @pytest.fixture(scope="module")
 def places(
-    recipe: Path,  # noqa: F811
+    recipe: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[PlacesTrainer]:
     """A trainer that has added the path to a model of one step."""

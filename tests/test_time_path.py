@@ -12,7 +12,7 @@ from model.training.paths import Seen
 from model.training.time_guide import DIGITS, TimeGuide
 from model.training.time_path import FINDS, TimesTrainer, digits_as_logits, digits_of
 from model.training.world_questions import QA
-from tests.test_bundled_recipe import few_scenes, recipe  # noqa: F401 (a fixture)
+from tests.small_recipe import few_scenes
 from tests.tiny import tiny_model
 
 COLON = 11
@@ -63,7 +63,7 @@ def test_each_digit_has_a_head_that_is_to_look_at_its_own_token() -> None:
 
 
 def test_what_self_attention_finds_brings_its_time_and_training_leaves_that(
-    recipe: Path,  # noqa: F811
+    recipe: Path,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
