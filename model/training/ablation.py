@@ -23,6 +23,7 @@ import torch
 from model.training.bundled import Trainer, arguments
 from model.training.curriculum import LEVELS
 
+RATE, GUIDE = 1.5e-3, 0.1  # for short runs: the recipe's own rate is for long ones
 TESTS = 60  # batches of held-out videos
 FINE = ("number", "word", "colour")  # detail that is seen in 1 to 3 frames
 KINDS = (
@@ -72,7 +73,7 @@ def _trained(
     options = {
         "--out": args.out / name, "--encoder": args.encoder, "--library": args.library,
         "--steps": steps, "--level": args.level, "--seed": seed,
-        "--override": json.dumps(override),
+        "--override": json.dumps(override), "--learning-rate": RATE, "--guide": GUIDE,
     }  # fmt: skip
     if start is not None:
         options["--start"] = start
