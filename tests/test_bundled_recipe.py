@@ -19,7 +19,7 @@ from model.loading import load
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training import ablation, bundled, bundled_model
 from model.training.ablation import VARIANTS
-from model.training.bundled import HEADS_FILE
+from model.training.bundled import HEADS_FILE, INTERVALS, LATEST, THIN_FROM
 from model.training.curriculum import FIRST, LEVELS, Curriculum
 from model.training.encoder import (
     encoder_config,
@@ -194,6 +194,31 @@ def test_half_of_the_videos_for_lists_have_things_that_come_together(
         return sum(" and " in answer for answer in asked) / len(asked)
 
     assert lists(1.0) > lists(0.0) + 0.3
+
+
+def test_times_begin_anywhere_from_the_start_and_are_sampled_thinly_later(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ("--library", str(recipe / "library"), "--encoder", str(recipe / "encoder"))
+    (recipe / "times").mkdir()
+    trainer = few_scenes(recipe, monkeypatch, *made, "--out", str(recipe / "times"))
+    drawn: list[tuple[float, float]] = []
+    video = trainer.library.video
+
+    def note(rng: random.Random, frames: int, interval: float, start: float) -> Video:
+        drawn.append((interval, start))
+        return video(rng, frames, interval, start)
+
+    monkeypatch.setattr(trainer.library, "video", note)
+    for level in (0, LEVELS.index(THIN_FROM)):
+        trainer.curriculum.level["when"] = level
+        drawn.clear()
+        for seed in range(10):
+            trainer.batch("train", 0, ["when"], random.Random(seed))
+        starts = [start for _, start in drawn]
+        assert 0 in starts and max(starts) > LATEST / 2 and max(starts) <= LATEST
+        assert {interval for interval, _ in drawn} <= set(INTERVALS if level else (1,))
+        assert (max(interval for interval, _ in drawn) > 1) == (level > 0)
 
 
 def test_answers_are_right_when_every_token_is() -> None:

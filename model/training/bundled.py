@@ -70,7 +70,8 @@ MOST_VIDEOS = 24  # of short ones; a frame has one sign at most, and numbers nee
 GUIDED_UNTIL = 0.7  # of the training time: then the guides' weight sinks
 GUIDE_LEFT = 0.2  # share of the guides' weight that stays to the end
 WHOLE_FROM = 0.8  # of the training time: from here on every patch is in the memory
-VARIED_FROM = 12  # frames at which "when" is good: then videos start late and are sampled thinly
+LATEST = 2400  # seconds at which half of the videos begin at the latest; the others begin at 0
+THIN_FROM = 12  # frames at which "when" is good: then videos are sampled thinly
 INTERVALS = (1, 1, 1, 2, 3, 5, 7)  # seconds between sampled frames, once "when" works
 WEIGHT_DECAY = 0.05
 HEADS_RATE = 4  # times the learning rate: what a linear head has not found, it cannot teach
@@ -228,9 +229,10 @@ class Trainer(Updates):
         most = min(QUESTIONS_PER_VIDEO, QUESTIONS_PER_STEP // parts // count)
         videos, asked = [], []
         while len(videos) < count:
-            varied = LEVELS[self.curriculum.level.get("when", 0)] >= VARIED_FROM
-            interval = rng.choice(INTERVALS) if varied else 1
-            start = rng.choice((0, rng.uniform(0, 2400))) if varied else 0
+            thin = LEVELS[self.curriculum.level.get("when", 0)] >= THIN_FROM
+            interval = rng.choice(INTERVALS) if thin else 1
+            # From the beginning, or the place of a frame is learnt instead of the digits it has.
+            start = rng.choice((0, rng.uniform(0, LATEST)))
             # Each video is made for one kind, or signs would be in too few of them.
             (wanted,) = rng.choices(kinds, [self.curriculum.weight(kind) for kind in kinds])
             together = wanted == "scenes" and rng.random() < TOGETHER
