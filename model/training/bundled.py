@@ -1,4 +1,4 @@
-"""Train the bundled model from nothing: `python -m model.training.bundled --out runs/bundled`.
+"""Train the bundled model, all but its paths: `python -m model.training.bundled --out runs/base`.
 
 1. `model.training.encoder`: the image encoder, on single frames.
 2. A library of scenes, rendered and encoded once.
@@ -356,7 +356,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--start", type=Path, help="OUT/model of another run to go on from, or a released one"
     )
-    parser.add_argument("--scenes", type=int, default=8_000)
+    parser.add_argument(
+        "--scenes", type=int, default=20_000, help="of the library; almost a MB of disk each"
+    )
     parser.add_argument("--minutes", type=float, default=90, help="of the third part")
     parser.add_argument("--steps", type=int, help="of the third part, instead of --minutes")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """Turn a training folder into the checkpoint that ships.
 
-`python -m model.training.release runs/bundled/model assets/crosslmm-tiny` writes bf16 weights, the
-processor, `card.json` (name, note and example questions for the page) and `SHA256SUMS`.
+`python -m model.training.release runs/tiny/times/model assets/crosslmm-tiny` writes bf16 weights,
+the processor, `card.json` (name, note and example questions for the page) and `SHA256SUMS`.
 """
 
 from __future__ import annotations
