@@ -58,6 +58,9 @@ def test_a_kind_climbs_only_when_it_is_answered_well() -> None:
     assert restored.level == {"when": 1, "number": 0, "count": 0}
     curriculum.record("number", 0, False, 0.99)  # late, long videos must not stay unseen
     assert LEVELS[curriculum.level["number"]] >= 48
+    lists = Curriculum(("scenes",))  # ... but of lists, long videos hold too few
+    lists.record("scenes", 0, False, 0.99)
+    assert LEVELS[lists.level["scenes"]] == 18
     # A single frame shows no movement: asked for there, the kind would never be answered.
     assert Curriculum(("when", "direction")).level == {"when": 0, "direction": 1}
     assert Curriculum(("direction",), fixed=True).level == {"direction": 0}

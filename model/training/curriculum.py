@@ -15,6 +15,9 @@ PROMOTE = 0.85  # exact-match accuracy at its highest level that lets a kind cli
 # From a share of the training time on, every kind is also asked at this level: long videos must
 # not stay unseen because a kind is hard.
 AT_LEAST = ((0.1, 3), (0.15, 4), (0.25, 5), (0.35, 6), (0.45, 7), (0.65, 8), (0.75, 9), (0.88, 10))
+# The last level to which a kind is brought so, where not the longest. A video has one list of what
+# happens: of long ones, a step holds two lists and hundreds of other answers' tokens.
+BROUGHT_TO = {"scenes": 5}
 AT_HIGHEST = 0.6  # share of a kind's batches that have the length it is to learn now
 AT_TOP = 0.25  # the same when that is the last one
 # How often a kind is asked, where not 1: these can be asked of every video and would crowd out
@@ -22,7 +25,7 @@ AT_TOP = 0.25  # the same when that is the last one
 # Numbers need the most examples (a digit must be bound to its place), and a video has few signs.
 SHARE = {
     "outside": 0.08, "absent": 0.35, "exists": 0.4, "number": 3.0, "word": 1.5, "before": 2.5,
-    "after": 2.5, "scenes": 1.0, "count": 1.5, "direction": 2.5,
+    "after": 2.5, "scenes": 2.5, "count": 1.5, "direction": 2.5,
 }  # fmt: skip
 
 
@@ -83,7 +86,8 @@ class Curriculum:
             self.level[kind] += 1
         for since, least in AT_LEAST:
             if done >= since:
-                self.level[kind] = max(self.level[kind], least)
+                brought = min(least, BROUGHT_TO.get(kind, least))
+                self.level[kind] = max(self.level[kind], brought)
 
     def state(self) -> dict:
         """Everything, as plain data."""
