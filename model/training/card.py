@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import platform
 from pathlib import Path
 
 from model.engine import Engine
 from model.training.evaluate import Film, held_out_worlds, known_kinds, measure
+from model.training.machine import machine_kind
 from model.training.masking import masking
 from model.training.wear import wear
 from model.types import WhatIf
@@ -131,7 +130,7 @@ def main() -> None:
     engine = Engine.load(str(args.folder))
     results = {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "machine": machine_kind(),
         "runs": evaluate(engine),
         "knock_outs": knock_outs(engine),
         "masking": masking(engine, 4, args.masking_videos, 32),

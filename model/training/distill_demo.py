@@ -18,8 +18,6 @@ import dataclasses
 import datetime
 import json
 import math
-import os
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -38,6 +36,7 @@ from model.training.distill_frames import KINDS, Asked, Frames
 from model.training.library import Video
 from model.training.look_guide import LookGuide
 from model.training.losses import answer_columns
+from model.training.machine import machine_kind
 from model.training.stages import STAGES, part_of
 
 LONGEST_ANSWER = 6  # tokens that the teacher may write
@@ -248,7 +247,7 @@ def main() -> None:
     settings = {name: value for name, value in vars(args).items() if name not in paths}
     report = {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, shared with other work",
+        "machine": f"{machine_kind()}, shared with other work",
         "kinds": KINDS,
         "settings": settings,
         **experiment(args),

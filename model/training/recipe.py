@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -26,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from model.training.machine import machine_kind
 
 # Of both paths: long videos, and evidence guided as at the end of the training before.
 PATHS = ("--level", "7", "--guide", ".3")
@@ -58,6 +58,7 @@ def parts(args: argparse.Namespace) -> tuple[Part, ...]:
         return Part(name, (module, "--start", model, "--out", str(out / name), *options, *made))
 
     return (
+        # The base would make it, too; but there each process has one thread.
         Part("encoder", ("model.training.encoder", "--out", encoder, *seed)),
         Part("base", base),
         path("model.training.place_path", "places", "base", PLACES),
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / NOTE
     note = json.loads(file.read_text()) if file.exists() else {"parts": {}}
-    note["machine"] = machine()
+    note["machine"] = machine_kind(accelerated=not args.cpu)
     for part in parts(args):
         told = note["parts"].setdefault(part.name, {"seconds": 0, "done": False})
         if told["done"]:
@@ -94,13 +95,6 @@ def run(args: argparse.Namespace) -> None:
                 "The same command goes on from its last checkpoint."
             )
     print(f"The model is in {args.out / 'times' / 'model'}.", flush=True)
-
-
-def machine() -> str:
-    """Kind of machine, without its name."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
 from model.engine import Engine
+from model.training.machine import machine_kind
 from model.types import Answer, AskRequest
 from tests.bench.decoding import make_files
 from tests.media import make_video
@@ -49,7 +48,7 @@ def main() -> None:
     times = first.timings
     stages = (times.decode, times.encode, times.prefill)
     report = {
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "machine": machine_kind(),
         "date": date.today().isoformat(),
         "video_seconds": round(first.video.duration, 1),
         "frames": len(first.frame_times),
