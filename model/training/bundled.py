@@ -359,7 +359,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--scenes", type=int, default=20_000, help="of the library; almost a MB of disk each"
     )
-    parser.add_argument("--minutes", type=float, default=90, help="of the third part")
+    parser.add_argument("--minutes", type=float, default=280, help="of the third part")
     parser.add_argument("--steps", type=int, help="of the third part, instead of --minutes")
     parser.add_argument(
         "--level", type=int, default=0, choices=range(len(LEVELS)), help="length to begin with"

@@ -30,7 +30,7 @@ from model.training.machine import machine_kind
 # Of both paths: long videos, and evidence guided as at the end of the training before.
 PATHS = ("--level", "7", "--guide", ".3")
 PLACES = (*PATHS, "--learning-rate", "5e-4", "--minutes", "12")
-TIMES = (*PATHS, "--learning-rate", "1e-3", "--minutes", "13")
+TIMES = (*PATHS, "--learning-rate", "1e-3", "--minutes", "20")
 NOTE = "recipe.json"
 
 
