@@ -14,16 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from model.loading import load
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.training import ablation, bundled, bundled_model
 from model.training.ablation import VARIANTS
 from model.training.bundled import HEADS_FILE, INTERVALS, LATEST, THIN_FROM
-from model.training.curriculum import FIRST, LEVELS, Curriculum
-from model.training.encoder import (
-    encoder_config,
-)
+from model.training.curriculum import FIRST, LEVELS, LONGEST, Curriculum
+from model.training.encoder import encoder_config
 from model.training.evidence_guide import patches_in
 from model.training.guided_loss import GuidedLoss, right_answers
 from model.training.library import Video
@@ -61,6 +60,7 @@ def test_a_kind_climbs_only_when_it_is_answered_well() -> None:
     lists = Curriculum(("scenes",))  # ... but of lists, long videos hold too few
     lists.record("scenes", 0, False, 0.99)
     assert LEVELS[lists.level["scenes"]] == 18
+    assert Curriculum(("when", "scenes"), 10).level == {"when": 10, "scenes": LONGEST["scenes"]}
     # A single frame shows no movement: asked for there, the kind would never be answered.
     assert Curriculum(("when", "direction")).level == {"when": 0, "direction": 1}
     assert Curriculum(("direction",), fixed=True).level == {"direction": 0}
@@ -178,6 +178,26 @@ def test_another_run_goes_on_with_the_heads_that_it_has_in_common(
     own = few_scenes(recipe, monkeypatch, *made, *start, "--seed", "1").guided.order.state_dict()
     differ = {name for name, tensor in own.items() if not torch.equal(tensor, heads[name])}
     assert differ == {"heads.third.weight", "heads.third.bias", "heads.copies.bias"}
+
+
+def test_heads_alone_learn_beside_a_start_that_came_without(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = ("--library", str(recipe / "library"), "--encoder", str(recipe / "encoder"))
+    (tmp_path / "first").mkdir()
+    few_scenes(recipe, monkeypatch, *made, "--out", str(tmp_path / "first")).save()
+    (tmp_path / "first" / HEADS_FILE).unlink()
+    (tmp_path / "second").mkdir()
+    start = ("--out", str(tmp_path / "second"), "--start", str(tmp_path / "first" / "model"))
+    alone = few_scenes(recipe, monkeypatch, *made, *start, "--heads-only", "--steps", "2")
+    before = {name: head.clone() for name, head in alone.guided.order.state_dict().items()}
+    alone.run()
+    first, second = (
+        load_file(tmp_path / name / "model" / SAFE_WEIGHTS_NAME) for name in ("first", "second")
+    )
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    heads = load_file(tmp_path / "second" / HEADS_FILE)
+    assert not torch.equal(heads["heads.latest.weight"], before["heads.latest.weight"])
 
 
 def test_half_of_the_videos_for_lists_have_things_that_come_together(

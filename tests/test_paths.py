@@ -12,6 +12,7 @@ from model.training.paths import (
     RIGHT_WEIGHT,
     TAUGHT_WEIGHT,
     Seen,
+    command,
     head_rows,
     least_squares,
     make_room,
@@ -156,3 +157,18 @@ def test_only_the_last_layer_is_trained_and_nothing_is_added_twice(places: Place
     assert again.progress.step == 3
     for name, weight in again.crosslmm.state_dict().items():
         assert torch.equal(weight, after[name]), name
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--out", "on"], "--start is needed"),
+        (["--out", "on", "--start", "m", "--heads-only"], "no heads"),
+    ],
+)
+def test_a_path_says_what_it_cannot_begin_with(
+    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["path", *words])
+    with pytest.raises(SystemExit, match=told):
+        command(PlacesTrainer)

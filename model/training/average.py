@@ -5,7 +5,7 @@
 Runs that went on from the same weights with other seeds make other mistakes; their mean answers a
 little better than each of them and costs no more ("model soups", Wortsman et al. 2022). It works
 only among relatives: runs from nothing must not be mixed. The guides' linear heads are left behind,
-so a run that starts from the mean begins them anew.
+so a run that starts from the mean begins them anew (`bundled --heads-only` first).
 """
 
 from __future__ import annotations

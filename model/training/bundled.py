@@ -174,7 +174,8 @@ class Trainer(Updates):
 
     def freeze(self) -> None:
         """Choose what is not trained."""
-        self.crosslmm.model.vision_tower.requires_grad_(False)
+        frozen = self.crosslmm if self.args.heads_only else self.crosslmm.model.vision_tower
+        frozen.requires_grad_(False)
 
     def _rate(self, step: int) -> float:
         """Share of the learning rate: a cosine over the training time, after a short warm-up."""
@@ -365,6 +366,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--level", type=int, default=0, choices=range(len(LEVELS)), help="length to begin with"
     )
     parser.add_argument("--fixed", action="store_true", help="stay at the length of the beginning")
+    parser.add_argument(
+        "--heads-only",
+        action="store_true",
+        help="train the guides' linear heads alone, for a start that came without",
+    )
     parser.add_argument("--kinds", nargs="+", default=TRAINED_KINDS, choices=KINDS)
     parser.add_argument("--learning-rate", type=float, default=7e-4)
     parser.add_argument("--keep", type=float, default=0.4, help="share of patches trained on")

@@ -18,6 +18,7 @@ AT_LEAST = ((0.1, 3), (0.15, 4), (0.25, 5), (0.35, 6), (0.45, 7), (0.65, 8), (0.
 # The last level to which a kind is brought so, where not the longest. A video has one list of what
 # happens: of long ones, a step holds two lists and hundreds of other answers' tokens.
 BROUGHT_TO = {"scenes": 5}
+LONGEST = {"scenes": 6}  # the highest level at which a kind begins, where not the last
 AT_HIGHEST = 0.6  # share of a kind's batches that have the length it is to learn now
 AT_TOP = 0.25  # the same when that is the last one
 # How often a kind is asked, where not 1: these can be asked of every video and would crowd out
@@ -46,7 +47,9 @@ class Curriculum:
     ) -> None:
         self.level = {kind: min(level, FIRST) if kind in new else level for kind in kinds}
         if not fixed:
-            self.level = {kind: max(at, SHORTEST.get(kind, 0)) for kind, at in self.level.items()}
+            for kind, at in self.level.items():
+                least, most = SHORTEST.get(kind, 0), LONGEST.get(kind, len(LEVELS) - 1)
+                self.level[kind] = min(max(at, least), most)
         self.fixed, self.share = fixed, dict(SHARE)
         self.accuracy: dict[tuple[str, int], float] = defaultdict(float)
         self.count: dict[tuple[str, int], int] = defaultdict(int)

@@ -231,6 +231,8 @@ def command(trainer: type[PathTrainer]) -> None:
     args = arguments()
     if args.start is None:
         raise SystemExit("--start is needed: the trained model that is to have the path.")
+    if args.heads_only:
+        raise SystemExit("--heads-only is for model.training.bundled: a path trains no heads.")
     started(args, trainer).run()
 
 
