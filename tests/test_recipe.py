@@ -32,8 +32,10 @@ class Python:
         self.ran: list[str] = []
         self.spread: list[str] = []
         self.broken: set[str] = set()
+        self.variables: dict[str, str] = {}
 
-    def run(self, command: list[str]) -> subprocess.CompletedProcess:
+    def run(self, command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
+        self.variables = env
         words = command[command.index("-m") + 1 :]
         if words[0] == "torch.distributed.run":
             self.spread, words = words[1 : words.index("--")], words[words.index("--") + 1 :]
@@ -107,3 +109,27 @@ def test_a_base_of_one_process_is_started_alone(tmp_path: Path) -> None:
     assert base[0] == "model.training.bundled" and base[-2:] == ("--minutes", "7.0")
     with pytest.raises(SystemExit):
         whole.arguments(["--out", str(tmp_path), "--processes", "0"])
+
+
+def test_on_a_cpu_the_parts_run_with_jemalloc_where_it_is_installed(
+    python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setattr(whole.sys, "platform", "linux")
+    python.broken = {"model.training.encoder"}
+    args = whole.arguments(["--out", str(tmp_path), "--cpu"])
+    monkeypatch.setattr(whole, "find_library", lambda name: f"lib{name}.so.9")
+    with pytest.raises(SystemExit):
+        whole.run(args)
+    assert python.variables["LD_PRELOAD"] == "libjemalloc.so.9"
+    assert python.variables.keys() >= whole.os.environ.keys()
+
+    monkeypatch.setattr(whole, "find_library", lambda name: None)
+    with pytest.raises(SystemExit):
+        whole.run(args)
+    assert "LD_PRELOAD" not in python.variables
+    assert "apt-get install libjemalloc2" in capsys.readouterr().out
+    monkeypatch.setattr(whole, "find_library", lambda name: "unused")
+    assert whole.environment(cpu=False) == dict(whole.os.environ)
+    monkeypatch.setenv("LD_PRELOAD", "libown.so")
+    assert whole.environment(cpu=True)["LD_PRELOAD"] == "libown.so"

@@ -106,7 +106,9 @@ class Trainer(Updates):
     def __init__(self, args: argparse.Namespace) -> None:
         several = [
             # A head has no gradient where a step asks nothing of it.
-            DistributedDataParallelKwargs(find_unused_parameters=True),
+            DistributedDataParallelKwargs(
+                find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
+            ),
             # While one process makes the encoder and the library, the others wait.
             InitProcessGroupKwargs(timeout=timedelta(days=1)),
         ]

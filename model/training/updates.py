@@ -54,7 +54,7 @@ class Updates:
 
     def prepare(self, loss: AnswerLoss, groups: list[dict], betas: tuple[float, float]) -> None:
         """Hand the loss, and an optimizer of its parameters, to accelerate."""
-        optimizer = torch.optim.AdamW(groups, betas=betas)
+        optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
         self.trained = {n for n, p in loss.named_parameters() if p.requires_grad}
         self.loss, self.optimizer = self.accelerator.prepare(loss, optimizer)
 
