@@ -29,10 +29,12 @@ import torch
 
 from model.training.machine import machine_kind
 
-# Of both paths: long videos, and evidence guided as at the end of the training before.
-PATHS = ("--level", "7", "--guide", ".3")
-PLACES = (*PATHS, "--learning-rate", "5e-4", "--minutes", "12")
-TIMES = (*PATHS, "--learning-rate", "1e-3", "--minutes", "20")
+# Steps and not minutes: a quicker machine is to bring longer videos at the same pace.
+BASE = ("--steps", "28000")
+# Of both paths: videos of all lengths, and evidence guided as at the end of the base.
+PATHS = ("--level", "10", "--guide", ".3")
+PLACES = (*PATHS, "--learning-rate", "5e-4", "--steps", "1000")
+TIMES = (*PATHS, "--learning-rate", "1e-3", "--steps", "3800")
 NOTE = "recipe.json"
 # Memory that was freed stays with the process for a minute: page faults cost more than memory.
 JEMALLOC = "dirty_decay_ms:60000,muzzy_decay_ms:60000"
@@ -52,7 +54,7 @@ def parts(args: argparse.Namespace) -> tuple[Part, ...]:
     encoder, library = str(out / "encoder"), str(out / "library")
     made = ("--encoder", encoder, "--library", library, *seed, *(("--cpu",) if args.cpu else ()))
     base = ("model.training.bundled", "--out", str(out / "base"), *made)
-    base += () if args.minutes is None else ("--minutes", str(args.minutes))
+    base += BASE if args.minutes is None else ("--minutes", str(args.minutes))
     if args.processes > 1:
         spread = ("--standalone", "--nproc-per-node", str(args.processes), "-m", "--")
         base = ("torch.distributed.run", *spread, *base)
@@ -124,9 +126,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--minutes", type=float, help="of the base; that of model.training.bundled when not given"
-    )
+    parser.add_argument("--minutes", type=float, help=f"of the base, instead of {BASE[1]} steps")
     parser.add_argument(
         "--processes",
         type=int,

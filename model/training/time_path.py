@@ -1,7 +1,7 @@
 """Give a trained model a way to tell the time of what it finds late.
 
-`python -m model.training.time_path --start RUN/model --out OUT --minutes 13 --learning-rate 1e-3
---level 7`: see `model.training.paths`.
+`python -m model.training.time_path --start RUN/model --out OUT --steps 3800 --learning-rate 1e-3
+--level 10`: see `model.training.paths`.
 
 In a list of what happens, self-attention of the fifth layer finds the frame of the next thing, and
 by then visual tokens have all but lost their time: a linear map tells the last digit of one in two.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 from tests.app_server import ROOT, App, running_app
 from tests.browser.chat_page import ChatPage
@@ -23,8 +23,10 @@ def take(browser: Browser, app: App, name: str, size: dict[str, int], scheme: st
     chat.pick_sample(SAMPLE)
     chat.chips.first.click()
     chat.answered(1)
+    expect(chat.status).to_have_attribute("data-state", "ready")  # it is asked now and then
     chat.frames.first.click()
     chat.page.wait_for_function("!document.querySelector('.player video').seeking")
+    chat.page.wait_for_timeout(1000)  # the player's wheel fades
     chat.page.evaluate("scrollTo(0, 0)")
     chat.page.mouse.move(0, 0)
     chat.page.screenshot(path=FOLDER / f"{name}.png", full_page=size is PHONE)
