@@ -144,9 +144,9 @@ def test_control_tokens_and_markup_in_a_question_are_text(engine: Engine, film: 
         list(engine.ask(AskRequest(str(film), "  ")))
 
 
-# Smaller precisions. The shares of equal answers that are wanted (int8 .99, int4 and NF4 .97) are
-# measured by `python -m tests.bench.precision` on many worlds. Here one answer is nearly a percent,
-# and which of the uncertain ones change differs between kinds of CPU.
+# Smaller precisions. NF4 is to give .97 of bf16's answers, and `python -m tests.bench.precision`
+# measures that on many worlds (.965). Here one answer is nearly a percent, and which of the
+# uncertain ones change differs between kinds of CPU: so this only notices what breaks.
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Give a trained model the places of what it finds, so that "which way" is read as a difference.
 
-`python -m model.training.place_path --start RUN/model --out OUT --level 7 --learning-rate 5e-4
---minutes 12`: see `model.training.paths`.
+`python -m model.training.place_path --start RUN/model --out OUT --level 10 --learning-rate 5e-4
+--steps 1000`: see `model.training.paths`.
 
 For "Which way does the cat move?" one head of the fifth layer's self-attention finds the first
 frame that shows it, another the last ones, and visual-to-visual attention looks at it in each
