@@ -81,7 +81,7 @@ class Plan:
 
 
 def weight_bytes(config: CrossLMMConfig, quantization: str, dtype: str = "bfloat16") -> int:
-    """Bytes of the weights; under quantisation the LLM's matrices shrink."""
+    """Bytes of the weights; under quantisation most of the LLM's matrices shrink."""
     item = ITEM_BYTES[dtype]
     parameters = count_parameters(config)
     whole = parameters.total * item
@@ -92,7 +92,8 @@ def weight_bytes(config: CrossLMMConfig, quantization: str, dtype: str = "bfloat
         raise ValueError(f"quantization must be one of {allowed}, got {quantization!r}")
     shapes, text = Shapes.of(config), config.text_config
     matrices = text.num_hidden_layers * 3 * shapes.width * text.intermediate_size
-    matrices += text.num_hidden_layers * shapes.attention_weights
+    output = shapes.width * shapes.query_width  # of self-attention, stays whole
+    matrices += text.num_hidden_layers * (shapes.attention_weights - output)
     return whole - int(matrices * (item - QUANTIZED_WEIGHT[quantization]))
 
 

@@ -144,9 +144,7 @@ def test_control_tokens_and_markup_in_a_question_are_text(engine: Engine, film: 
         list(engine.ask(AskRequest(str(film), "  ")))
 
 
-# Smaller precisions. NF4 is to give .97 of bf16's answers, and `python -m tests.bench.precision`
-# measures that on many worlds (.965). Here one answer is nearly a percent, and which of the
-# uncertain ones change differs between kinds of CPU: so this only notices what breaks.
+# Smaller precisions; `python -m tests.bench.precision` measures them on more worlds.
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +174,7 @@ def test_nf4_on_a_cpu_answers_like_bf16(engine: Engine) -> None:
     reference = Engine.load(quantization="none")
     reference.crosslmm.to(torch.bfloat16)
     found = answers(Engine.load(quantization="4bit"), WORLDS)
-    assert agreement(found, answers(reference, WORLDS)) >= 0.95
+    assert agreement(found, answers(reference, WORLDS)) >= 0.97
 
 
 # The command line.

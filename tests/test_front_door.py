@@ -122,9 +122,10 @@ def test_quantisation_on_a_cpu(crosslmm: Path, video: Path, quantization: str) -
     if quantization != "none":
         pytest.importorskip("bitsandbytes")
     loaded = load(crosslmm, quantization=quantization, device="cpu")
-    kinds: dict[bool, set[str]] = {True: set(), False: set()}  # in dual cross-attention or not
+    kinds: dict[bool, set[str]] = {True: set(), False: set()}  # of what reads fine detail, or not
     for name, module in loaded.crosslmm.model.language_model.layers.named_modules():
-        kinds["dual_cross_attention" in name].add(type(module).__name__)
+        detail = "dual_cross_attention" in name or name.endswith("self_attn.o_proj")
+        kinds[detail].add(type(module).__name__)
     wanted = {"none": "Linear", "8bit": "Linear8bitLt", "4bit": "Linear4bit"}[quantization]
     assert kinds[False] & {"Linear", "Linear8bitLt", "Linear4bit"} == {wanted}
     assert kinds[True] & {"Linear", "Linear8bitLt", "Linear4bit"} == {"Linear"}

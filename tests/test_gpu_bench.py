@@ -58,9 +58,11 @@ def test_four_bits_change_the_llm_only() -> None:
         name for name, m in whole.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)
     }
     assert quantized and not any("dual_cross_attention" in name for name in quantized)
+    assert not any("self_attn.o_proj" in name for name in quantized)
     assert all(name.startswith("model.language_model.layers.") for name in quantized)
     left = {name for name, m in whole.named_modules() if type(m) is torch.nn.Linear}
-    assert all("dual_cross_attention" in name for name in left if "language_model" in name)
+    kept = ("dual_cross_attention", "self_attn.o_proj")
+    assert all(any(k in name for k in kept) for name in left if "language_model" in name)
 
 
 def test_a_part_out_of_memory_keeps_its_rows(

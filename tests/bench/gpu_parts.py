@@ -21,7 +21,7 @@ from model.accounting import account
 from model.attention_maps import MapCapture, text_to_visual
 from model.configuration_crosslmm import CrossLMMConfig
 from model.decoding import decode
-from model.loading import CROSS_ATTENTION, UNQUANTIZED
+from model.loading import READS_DETAIL, UNQUANTIZED
 from model.modeling_crosslmm import CrossLMMForConditionalGeneration
 from model.video_memory import VideoMemory
 from tests.bench.peer_models import BEFORE, peer_config, pixels, resident, settle
@@ -108,7 +108,7 @@ def _quantize(whole: nn.Module, device: str) -> None:
     import bitsandbytes
 
     for name, module in list(whole.named_modules()):
-        kept = name.startswith(tuple(UNQUANTIZED)) or re.match(CROSS_ATTENTION, name)
+        kept = name.startswith(tuple(UNQUANTIZED)) or re.match(READS_DETAIL, name)
         if not isinstance(module, nn.Linear) or kept:
             continue
         small = bitsandbytes.nn.Linear4bit(
